@@ -1,0 +1,719 @@
+"""Classification metrics by hand, and the tables and pictures that show them.
+
+The three stages share this one module. Its first half is arithmetic: everything follows from the confusion matrix
+(混淆矩阵), whose row is the true class and whose column the predicted one.
+
+                 predicted c      predicted other
+    true c       TP  真正例        FN  假反例            precision 精确率 = TP / (TP + FP)
+    true other   FP  假正例        TN  真反例            recall    召回率 = TP / (TP + FN)
+
+    accuracy 准确率 = (TP + TN) / (TP + TN + FP + FN) for two classes; for C classes the share of the diagonal
+    F1值 = 2 · precision · recall / (precision + recall) = 2 TP / (2 TP + FP + FN)
+
+Its second half keeps the rows of finished runs safe, and draws tables and pictures from saved rows alone.
+
+    1. Arithmetic   2. Rows   3. Tables   4. Pictures   5. Jobs
+"""
+
+import argparse
+import contextlib
+import csv
+import dataclasses
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+
+HERE = Path(__file__).resolve().parent
+
+# -------- 1. Arithmetic ----------------------------------------------------------------------------------------------
+
+
+class Counts(NamedTuple):
+    """Per class, how often it was rightly named, wrongly named, missed, and rightly left alone; each (C,) int64."""
+
+    tp: torch.Tensor  # true positives, 真正例
+    fp: torch.Tensor  # false positives, 假正例
+    fn: torch.Tensor  # false negatives, 假反例
+    tn: torch.Tensor  # true negatives, 真反例
+
+
+def _labels(name: str, values, device) -> torch.Tensor:
+    """A list, numpy array or tensor of class labels as int64 (N,) on `device`."""
+    if not isinstance(values, torch.Tensor):
+        array = np.asarray(values)
+        if array.size and array.dtype.kind not in "iub":
+            raise ValueError(f"{name} must hold whole-number class labels, not {array.dtype} such as {array.flat[0]!r}")
+        values = torch.from_numpy(array.astype(np.int64))
+    if values.ndim != 1 or len(values) == 0:
+        raise ValueError(f"{name} must be a non-empty list of labels, shape (N,), not shape {tuple(values.shape)}")
+    if values.is_floating_point() or values.is_complex():
+        raise ValueError(f"{name} must hold whole-number class labels, not {values.dtype} such as {values[0].item()}")
+    return values.to(device, torch.int64)
+
+
+def confusion_matrix(predicted, target, n_classes: int) -> torch.Tensor:
+    """Count every (true, predicted) pair: int64 (C, C), row = true class, column = predicted class.
+
+    `predicted` and `target` are N labels in 0 … n_classes - 1: tensors on any device, numpy arrays or lists. The matrix
+    lies on the tensors' device. Matrices add: the sum over batches is the matrix of all. ValueError on labels that
+    are no whole numbers, are out of range, are none at all, or differ in number.
+    """
+    if isinstance(n_classes, bool) or not isinstance(n_classes, int | np.integer) or n_classes < 1:
+        raise ValueError(f"n_classes must be a whole number of at least 1, not {n_classes!r}")
+    device = next((x.device for x in (predicted, target) if isinstance(x, torch.Tensor)), torch.device("cpu"))
+    predicted, target = _labels("predicted", predicted, device), _labels("target", target, device)
+    if len(predicted) != len(target):
+        raise ValueError(f"{len(predicted)} predicted labels for {len(target)} targets")
+    for name, labels in (("predicted", predicted), ("target", target)):
+        for extreme in labels.aminmax():
+            if not 0 <= extreme < n_classes:
+                raise ValueError(f"{name} has the label {extreme.item()}, outside 0 … {n_classes - 1}")
+    # each pair (true, predicted) is one cell of the matrix laid out flat: counting cells needs no loop over samples
+    cells = torch.bincount(target * n_classes + predicted, minlength=n_classes * n_classes)
+    return cells.view(n_classes, n_classes)
+
+
+def _matrix(matrix) -> torch.Tensor:
+    """A confusion matrix as int64 on the CPU, where float64 exists on every machine."""
+    if not isinstance(matrix, torch.Tensor):
+        matrix = torch.as_tensor(np.asarray(matrix))
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+        raise ValueError(f"a confusion matrix is square, not of shape {tuple(matrix.shape)}")
+    if matrix.is_floating_point() or matrix.is_complex():
+        raise ValueError(f"a confusion matrix holds whole-number counts, not {matrix.dtype}")
+    matrix = matrix.to("cpu", torch.int64)
+    if matrix.numel() == 0 or matrix.min() < 0 or matrix.sum() == 0:
+        raise ValueError(f"a confusion matrix holds counts >= 0 of at least one sample, not {matrix.tolist()}")
+    return matrix
+
+
+def counts(matrix) -> Counts:
+    """TP, FP, FN, TN of every class, read off the confusion matrix: each (C,) int64."""
+    matrix = _matrix(matrix)
+    tp = matrix.diagonal()
+    fp = matrix.sum(0) - tp  # the rest of the column: named c, but were another
+    fn = matrix.sum(1) - tp  # the rest of the row: were c, but named another
+    return Counts(tp, fp, fn, matrix.sum() - tp - fp - fn)
+
+
+def accuracy(matrix) -> float:
+    """准确率: the share of samples on the diagonal, sum of TP / number of samples."""
+    matrix = _matrix(matrix)
+    return (matrix.diagonal().sum() / matrix.sum()).item()
+
+
+def precision(matrix, average: str | None = None, zero_division: float = 0.0):
+    """精确率 TP / (TP + FP): of the samples named c, the share that are c.
+
+    average None gives every class, (C,) float64; "macro" their mean, "weighted" their mean by support, "micro" the
+    ratio of the summed counts. A class never predicted has 0 / 0 = `zero_division` (0, 1 or nan; nan is left out of
+    averages), as in scikit-learn's precision_recall_fscore_support over labels 0 … C - 1. ValueError on anything else.
+    """
+    return _ratio(matrix, lambda c: (c.tp, c.tp + c.fp), average, zero_division)
+
+
+def recall(matrix, average: str | None = None, zero_division: float = 0.0):
+    """召回率 TP / (TP + FN): of the samples that are c, the share named c. Arguments as in `precision`."""
+    return _ratio(matrix, lambda c: (c.tp, c.tp + c.fn), average, zero_division)
+
+
+def f1(matrix, average: str | None = None, zero_division: float = 0.0):
+    """F1值 2 TP / (2 TP + FP + FN), the harmonic mean of precision and recall. Arguments as in `precision`.
+
+    Macro-F1 is the mean of the classes' F1, not the F1 of the mean precision and mean recall.
+    """
+    return _ratio(matrix, lambda c: (2 * c.tp, 2 * c.tp + c.fp + c.fn), average, zero_division)
+
+
+def _ratio(matrix, parts, average, zero_division):
+    """numerator / denominator per class, 0 / 0 replaced, then averaged; `parts` picks both from the Counts."""
+    if average not in (None, "macro", "micro", "weighted"):
+        raise ValueError(f'average must be None, "macro", "micro" or "weighted", not {average!r}')
+    if zero_division not in (0, 1) and not (isinstance(zero_division, float) and math.isnan(zero_division)):
+        raise ValueError(f"zero_division must be 0, 1 or nan, not {zero_division!r}")
+    matrix = _matrix(matrix)
+    numerator, denominator = parts(counts(matrix))
+    if average == "micro":
+        numerator, denominator = numerator.sum(), denominator.sum()
+    ratio = torch.where(denominator > 0, numerator.double() / denominator, float(zero_division))
+    if average is None:
+        return ratio
+    support = matrix.sum(1).double() if average == "weighted" else torch.ones_like(ratio)
+    known = ~ratio.isnan()
+    if not known.any():
+        return math.nan
+    ratio, support = ratio[known], support[known]
+    return (ratio.mean() if support.sum() == 0 else (ratio * support).sum() / support.sum()).item()
+
+
+def scores(matrix) -> dict[str, float]:
+    """The four figures every run is judged by: accuracy and the macro averages of precision, recall and F1."""
+    return {
+        "accuracy": accuracy(matrix),
+        "macro_precision": precision(matrix, "macro"),
+        "macro_recall": recall(matrix, "macro"),
+        "macro_f1": f1(matrix, "macro"),
+    }
+
+
+def report(matrix, class_names=None) -> str:
+    """A table for reading: precision, recall, F1 and support of every class, then accuracy and the averages."""
+    matrix = _matrix(matrix)
+    names = [str(c) for c in (range(len(matrix)) if class_names is None else class_names)]
+    if len(names) != len(matrix):
+        raise ValueError(f"{len(names)} class names for {len(matrix)} classes")
+    support = matrix.sum(1)
+    per_class = zip(names, precision(matrix), recall(matrix), f1(matrix), support, strict=True)
+    averages = [
+        (a, precision(matrix, a), recall(matrix, a), f1(matrix, a), support.sum()) for a in ("macro", "weighted")
+    ]
+    width = max(len("weighted"), *map(len, names))
+    lines = [f"{'':>{width}}  precision  recall  F1      support"]
+    lines += [f"{name:>{width}}  {p:<9.4f}  {r:<6.4f}  {f:<6.4f}  {n:>7d}" for name, p, r, f, n in per_class]
+    lines += ["", f"{'accuracy':>{width}}  {'':17}  {accuracy(matrix):<6.4f}  {support.sum():>7d}"]
+    lines += [f"{name:>{width}}  {p:<9.4f}  {r:<6.4f}  {f:<6.4f}  {n:>7d}" for name, p, r, f, n in averages]
+    return "\n".join(lines)
+
+
+# -------- 2. Rows: what a run measured, saved so that nothing is lost and nothing is half-written --------------------
+
+
+@contextlib.contextmanager
+def written_aside(path: Path):
+    """Give a path to write to, and rename it to `path` once it is complete: a reader never meets half a file."""
+    aside = path.with_name(f"{path.name}.{os.getpid()}.aside")
+    try:
+        yield aside
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a saved table as text, none if there is no such file."""
+    if not path.exists():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    """Save rows as CSV; columns in order of first appearance, floats to 6 significant digits."""
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+
+
+class Journal:
+    """The finished runs of one job, on disk as they end, published into the result tables when the job is complete.
+
+    One line of JSON a run: {"key": what identifies the run, "tables": {"runs": [row], "history": [rows], …}}. A run
+    is in the journal whole or not at all. Without `resume`, an unfinished journal of the same job is set aside as .bak.
+    """
+
+    def __init__(self, folder: Path, job: str, resume: bool = False):
+        self.folder, self.job = Path(folder), job
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.path = self.folder / f"{job}.unfinished.jsonl"
+        self.records: dict[str, dict] = {}
+        if self.path.exists() and resume:
+            self._read()
+        elif self.path.exists():
+            os.replace(self.path, self.path.with_name(self.path.name + ".bak"))
+        self.used: list[str] = []  # the keys this job asked for, in its order
+
+    def _read(self):
+        text = self.path.read_text(encoding="utf-8")
+        whole = text[: text.rfind("\n") + 1]  # a process that died in mid-line leaves no newline
+        for line in whole.splitlines():
+            record = json.loads(line)
+            self.records[record["key"]] = record["tables"]
+        if whole != text:
+            with written_aside(self.path) as aside:
+                aside.write_text(whole, encoding="utf-8")
+
+    def run(self, key: dict, work) -> dict[str, list[dict]]:
+        """The tables of the run that `key` names: from the journal if it is there, else from `work()`."""
+        name = json.dumps(key, sort_keys=True)
+        if name not in self.records:
+            self.records[name] = work()
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"key": name, "tables": self.records[name]}) + "\n")
+        self.used.append(name)
+        return self.records[name]
+
+    def publish(self, environment: dict) -> list[Path]:
+        """Replace the rows of this job's experiments in the folder's tables, leave all others, and end the journal."""
+        tables: dict[str, list[dict]] = {}
+        for name in self.used:
+            for table, rows in self.records[name].items():
+                tables.setdefault(table, []).extend(rows)
+        replaced = {row["experiment"] for rows in tables.values() for row in rows}
+        with contextlib.ExitStack() as renames:  # every table is complete on disk before the first is renamed
+            paths = [self.folder / f"{table}.csv" for table in tables]
+            for path, rows in zip(paths, tables.values(), strict=True):
+                kept = [row for row in read_rows(path) if row["experiment"] not in replaced]
+                write_rows(renames.enter_context(written_aside(path)), kept + rows)
+            jobs = self.folder / "environment.json"
+            known = json.loads(jobs.read_text(encoding="utf-8")) if jobs.exists() else {}
+            text = json.dumps(known | dict.fromkeys(sorted(replaced), environment), indent=2, ensure_ascii=False) + "\n"
+            renames.enter_context(written_aside(jobs)).write_text(text, encoding="utf-8")
+        self.path.unlink(missing_ok=True)
+        return [*paths, jobs]
+
+
+def environment(command: str, device: torch.device) -> dict:
+    """What a run's numbers depend on besides its Config: versions, device, threads, commit, command."""
+    versions = {}
+    for package in ("torch", "torchvision", "numpy", "matplotlib"):
+        versions[package] = str(getattr(sys.modules.get(package), "__version__", "not loaded"))
+
+    def git(*words):
+        done = subprocess.run(["git", *words], cwd=HERE, capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else "no git repository"
+
+    try:
+        commit = git("rev-parse", "--short", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else "")
+    except OSError:
+        commit = "no git"
+    cuda = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {
+        "command": command,
+        "commit": commit,
+        "python": platform.python_version(),
+        **versions,
+        "device": cuda or f"{device.type}, {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores",
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(terse=True),
+    }
+
+
+# -------- 3. Tables: mean ± std over seeds, in Markdown --------------------------------------------------------------
+
+
+class Mean(NamedTuple):
+    """Mean and sample standard deviation over n seeds; std is nan for one seed."""
+
+    mean: float
+    std: float
+    n: int
+
+    def text(self, digits: int = 2, scale: float = 1.0) -> str:
+        if not math.isfinite(self.mean):
+            return "not finite"
+        if abs(self.mean * scale) >= 1e5:
+            return f"{self.mean * scale:.1e}"
+        spread = f" ± {self.std * scale:.{digits}f}" if self.n > 1 else ""
+        return f"{self.mean * scale:.{digits}f}{spread}"
+
+
+def mean(values) -> Mean:
+    """Mean ± sample standard deviation (n - 1) of numbers or their texts."""
+    values = [float(v) for v in values]
+    if not all(map(math.isfinite, values)):
+        return Mean(math.nan, math.nan, len(values))
+    return Mean(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan, len(values))
+
+
+def group(rows: list[dict], column: str) -> dict[str, list[dict]]:
+    """Rows by the value of a column, in order of first appearance."""
+    groups: dict[str, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(row[column], []).append(row)
+    return groups
+
+
+def label(change: dict) -> str:
+    """What a sweep's value is called in tables and pictures: 2×128 (layers by neurons), 0.003, sgd lr 0.3."""
+    if len(change) == 1:
+        value = next(iter(change.values()))
+        return f"{len(value)}×{max(value, default=0)}" if isinstance(value, tuple) else str(value)
+    return " ".join(v if isinstance(v, str) else f"{k} {v}" for k, v in change.items() if v) or "nothing"
+
+
+def markdown(header: list[str], rows: list[list]) -> str:
+    """A Markdown table; the first column left, the others right."""
+    lines = [header, [":--"] + ["--:"] * (len(header) - 1), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def sweep_table(rows: list[dict], axis: str) -> str:
+    """One line a value of the sweep: the validation metrics in % (mean ± std over seeds), loss, size and time."""
+    header = [axis, "accuracy %", "macro precision %", "macro recall %", "macro F1 %", "loss"]
+    header += ["parameters", "seconds", "n", "diverged"]
+    lines = []
+    for value, runs in group(rows, "value").items():
+        line = [value]
+        for name in ("accuracy", "macro_precision", "macro_recall", "macro_f1"):
+            line.append(mean(r[f"val_{name}"] for r in runs).text(2, 100))
+        line += [mean(r["val_loss"] for r in runs).text(4), f"{int(runs[0]['parameters']):,}"]
+        line += [f"{statistics.median(float(r['seconds']) for r in runs):.1f}", len(runs)]
+        line.append(sum(r["status"] == "diverged" for r in runs))
+        lines.append(line)
+    return markdown(header, lines)
+
+
+def finding(rows: list[dict], axis: str) -> str:
+    """What a sweep shows, in a sentence made from its own numbers."""
+    points = {value: mean(r["val_accuracy"] for r in runs) for value, runs in group(rows, "value").items()}
+    best, worst = max(points, key=lambda v: points[v].mean), min(points, key=lambda v: points[v].mean)
+    top, low = points[best], points[worst]
+    text = f"Best at {axis} = {best} ({top.text(2, 100)} %), worst at {worst} ({low.text(2, 100)} %)"
+    if top.n > 1:
+        # two means differ for certain only by more than their spread: 2 standard errors of the difference
+        alike = [
+            v
+            for v, p in points.items()
+            if v != best and top.mean - p.mean <= 2 * math.sqrt((top.std**2 + p.std**2) / top.n)
+        ]
+        text += f"; within two standard errors of the best: {', '.join(alike) or 'no other'}"
+    diverged = [value for value, runs in group(rows, "value").items() if any(r["status"] == "diverged" for r in runs)]
+    return text + (f"; diverged at {', '.join(diverged)}." if diverged else ".")
+
+
+# -------- 4. Pictures: from saved rows, in one style, without a display ----------------------------------------------
+
+# Okabe and Ito's colours, which people with any colour vision tell apart; markers repeat what colours say
+COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+MARKERS = "osD^vPX"
+STYLE = {
+    "font.size": 11,
+    "axes.titlesize": 12,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.prop_cycle": matplotlib.cycler(color=COLORS),
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+}
+
+
+@contextlib.contextmanager
+def picture(path: Path, panels: tuple[int, int], title: str, height: float = 4.0, width: float = 10.0):
+    """A figure in the common style: gives its axes, rows × columns of them, and saves it as PNG when the block ends."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        figure.suptitle(title, fontsize=13)
+        axes = figure.subplots(*panels)
+        yield axes
+        with written_aside(path) as aside:
+            figure.savefig(aside, dpi=140, format="png")
+
+
+def draw_history(axes, rows: list[dict], column: str, label: str, scale: float = 1.0, **style) -> None:
+    """One line over training steps: the mean over seeds, in a band from the lowest to the highest seed."""
+    by_seed = [{int(r["step"]): float(r[column]) for r in run} for run in group(rows, "seed").values()]
+    steps = sorted(set.intersection(*map(set, by_seed)))  # those that every seed reached
+    values = scale * np.array([[run[step] for step in steps] for run in by_seed])
+    (line,) = axes.plot(steps, values.mean(0), label=label, **style)
+    axes.fill_between(steps, values.min(0), values.max(0), alpha=0.2, color=line.get_color(), linewidth=0)
+    axes.set_xlabel("training step")
+
+
+def plot_curves(rows: list[dict], path: Path, title: str) -> None:
+    """The course of training from one experiment's history rows: losses left, validation metrics right."""
+    n_seeds = len(group(rows, "seed"))
+    with picture(path, (1, 2), f"{title} (mean and range over {n_seeds} seeds)") as (left, right):
+        draw_history(left, rows, "train_loss", "train (the loss that is minimised)")
+        draw_history(left, rows, "val_loss", "validation (cross-entropy)", linestyle="--")
+        left.set_ylabel("loss (nats)")
+        log_y(left)
+        draw_history(right, rows, "val_accuracy", "accuracy", 100)
+        draw_history(right, rows, "val_macro_f1", "macro F1", 100, linestyle="--")
+        right.set_ylabel("validation (%)")
+        floor = max(min(float(r["val_accuracy"]) for r in rows) * 100 - 0.5, 90.0)
+        if max(float(r["val_accuracy"]) for r in rows) > 0.95:
+            right.set_ylim(floor, 100)  # the last points are what matters
+        left.legend()
+        right.legend(loc="lower right")
+
+
+def log_y(axes) -> None:
+    """Make the y axis of a finished drawing logarithmic, its ticks plain numbers, even within a single decade."""
+    axes.set_yscale("log")
+    axis = axes.yaxis
+    low, high = axis.get_view_interval()
+    decades = math.log10(high / low)
+    axis.set_major_locator(MaxNLocator(5) if decades < 1 else LogLocator(subs=(1, 2, 5) if decades < 3 else (1,)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
+
+
+def plot_sweep(rows: list[dict], history: list[dict], path: Path, title: str, axis: str) -> None:
+    """A sweep: validation accuracy and macro F1 per value with error bars, and the loss of each value over its run."""
+    values = group(rows, "value")
+    n_seeds = len(group(rows, "seed"))
+    with picture(path, (1, 2), f"{title} (mean ± std, n = {n_seeds})") as (left, right):
+        positions = np.arange(len(values))
+        series = (("accuracy", "100 − accuracy", -0.08), ("macro_f1", "100 − macro F1", 0.08))
+        for (column, label, shift), marker in zip(series, MARKERS, strict=False):
+            points = [mean(r[f"val_{column}"] for r in runs) for runs in values.values()]
+            errors = [100 * p.std if p.n > 1 else 0 for p in points]
+            where = positions + shift
+            left.errorbar(where, [100 - 100 * p.mean for p in points], errors, fmt=marker, capsize=4, label=label)
+        left.set_xticks(positions, values, rotation=30 if sum(map(len, values)) > 40 else 0)
+        left.set(xlabel=axis, ylabel="validation error (%)")
+        log_y(left)
+        left.legend()
+        curves = group(history, "value")
+        colors = matplotlib.colormaps["viridis"](np.linspace(0, 0.92, len(curves)))
+        for i, (value, runs) in enumerate(curves.items()):
+            marker = MARKERS[i % len(MARKERS)]
+            draw_history(right, runs, "val_loss", value, color=colors[i], marker=marker, markersize=4, markevery=0.2)
+        right.set_ylabel("validation loss (nats)")
+        log_y(right)
+        right.legend(title=axis, fontsize=9, title_fontsize=9, ncols=2)
+
+
+def plot_confusion(matrix, class_names, path: Path, title: str) -> None:
+    """The confusion matrix: counts in every cell, colour by the share of the true class (log, so that errors show)."""
+    matrix = _matrix(matrix).numpy()
+    share = 100 * matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    with picture(path, (1, 1), title, height=7.0, width=8.0) as axes:
+        norm = matplotlib.colors.LogNorm(vmin=0.05, vmax=100)
+        image = axes.imshow(np.maximum(share, 0.05), cmap="Blues", norm=norm)
+        for (row, column), count in np.ndenumerate(matrix):
+            color = "white" if share[row, column] > 10 else "black"
+            axes.text(column, row, f"{count:,}" if count else "·", ha="center", va="center", color=color, fontsize=10)
+        ticks = range(len(matrix))
+        axes.set_xticks(ticks, class_names, rotation=45 if max(map(len, map(str, class_names))) > 3 else 0)
+        axes.set_yticks(ticks, class_names)
+        axes.set(xlabel="predicted class", ylabel="true class")
+        axes.grid(False)
+        axes.figure.colorbar(image, label="share of the true class (%)", format="%g", shrink=0.8)
+
+
+class Album:
+    """All pictures of a stage, drawn from the rows in its folder, and summary.md with its tables."""
+
+    def __init__(self, folder: Path, subject: str):
+        self.folder, self.subject = folder, subject
+        self.runs, self.history = (group(read_rows(folder / f"{t}.csv"), "experiment") for t in ("runs", "history"))
+        self.paths: list[Path] = []
+        self.text = [f"# {subject}", "", "Mean ± sample standard deviation over n seeds."]
+
+    def add(self, name: str, draw) -> None:
+        self.paths.append(self.folder / f"{name}.png")
+        draw(self.paths[-1])
+        self.text += ["", f"![{name}]({name}.png)"]
+
+    def selected(self, class_names) -> None:
+        """The models that were scored on the test images: table, report per class, course of training, confusion."""
+        tests = group(read_rows(self.folder / "test_metrics.csv"), "experiment")
+        cells = group(read_rows(self.folder / "confusion.csv"), "experiment")
+        if not tests:
+            return
+        columns = ("accuracy", "macro_precision", "macro_recall", "macro_f1")
+        header = ["test images", *(f"{name.replace('_', ' ')} %" for name in columns), "loss", "n"]
+        lines = [[name, *(mean(r[c] for r in rows).text(2, 100) for c in columns)] for name, rows in tests.items()]
+        lines = [
+            [*line, mean(r["loss"] for r in rows).text(4), len(rows)]
+            for line, rows in zip(lines, tests.values(), strict=True)
+        ]
+        self.text += ["", "## Test images, read once, after every choice was made", "", markdown(header, lines)]
+        for name, rows in tests.items():
+            matrix = torch.zeros(len(class_names), len(class_names), dtype=torch.int64)
+            for cell in cells[name]:
+                matrix[int(cell["true"]), int(cell["predicted"])] += int(cell["count"])
+            title = f"{self.subject}, {name}"
+            sums = f"summed over {len(rows)} seeds"
+            self.text += [
+                "",
+                f"### {name}: test images per class, {sums}",
+                "",
+                "```",
+                report(matrix, class_names),
+                "```",
+            ]
+            self.add(f"curves_{name}", lambda path, n=name, t=title: plot_curves(self.history[n], path, t))
+            self.add(
+                f"confusion_{name}",
+                lambda p, m=matrix, t=title, s=sums: plot_confusion(m, class_names, p, f"{t}: test, {s}"),
+            )
+
+    def sweeps(self, axes: dict[str, str]) -> None:
+        for name, axis in axes.items():
+            if name in self.runs:
+                rows = self.runs[name]
+                self.text += ["", f"## Sweep: {name}", "", sweep_table(rows, axis), "", finding(rows, axis)]
+                title = f"{self.subject}, sweep: {name}"
+                self.add(
+                    f"sweep_{name}",
+                    lambda p, n=name, a=axis, t=title: plot_sweep(self.runs[n], self.history[n], p, t, a),
+                )
+
+    def faults(self) -> None:
+        """What was provoked and mended: the table, and the losses of each pair of runs."""
+        faults = group(read_rows(self.folder / "faults.csv"), "fault")
+        if not faults:
+            return
+        lines = []
+        for name, rows in faults.items():
+            variants = group(rows, "variant")
+            broken, mended = (mean(r["number"] for r in variants[v]).text(3) for v in ("broken", "mended"))
+            diverged = sum(r["status"] == "diverged" for r in variants["broken"])
+            broken += f" ({diverged} of {len(variants['broken'])} diverged)" if diverged else ""
+            first = rows[0]
+            lines.append([name, first["symptom"], first["measured"], broken, first["remedy"], mended])
+            lines[-1].append(len(variants["broken"]))
+        header = ["fault", "symptom", "measured", "broken", "remedy", "mended", "n"]
+        self.text += ["", "## Faults: provoked, measured, mended", "", markdown(header, lines)]
+        self.add("faults", lambda path: plot_faults(self.history["faults"], list(faults), path))
+
+    def lines(self, table: str, x: str, y: str, ylabel: str) -> None:
+        """Of one fault, what its losses do not show: the mean of column y over column x, broken and mended."""
+        rows = read_rows(self.folder / f"{table}.csv")
+        if rows:
+            self.add(f"fault_{table}", lambda path: plot_lines(rows, path, x, y, ylabel))
+
+    def benchmark(self) -> None:
+        rows = read_rows(self.folder / "benchmark.csv")
+        if not rows:
+            return
+        self.text += ["", f"## Benchmark on {rows[0]['device']}: medians of {rows[0]['repeats']} interleaved repeats"]
+        columns = [c for c in rows[0] if c not in ("experiment", "repeats", "device")]
+        self.text += ["", markdown(columns, [[r[c] for c in columns] for r in rows])]
+        self.add("benchmark", lambda path: plot_bars(rows, path, f"{self.subject}: speed"))
+
+    def close(self) -> list[Path]:
+        """Write summary.md; the paths of all that was made. FileNotFoundError if there was nothing to draw."""
+        if not self.paths:
+            raise FileNotFoundError(f"no saved rows in {self.folder}: there is nothing to draw")
+        summary = self.folder / "summary.md"
+        with written_aside(summary) as aside:
+            aside.write_text("\n".join(self.text) + "\n", encoding="utf-8")
+        return [*self.paths, summary]
+
+
+def plot_faults(history: list[dict], names: list[str], path: Path) -> None:
+    """One panel a fault: training loss (solid) and validation loss (dashed) of the broken and the mended run."""
+    runs = group(history, "value")
+    height = -(-len(names) // 2)
+    with picture(path, (height, 2), "What goes wrong in training, and what mends it", height=3.6 * height) as axes:
+        for panel, name in zip(axes.flat, names, strict=False):
+            for variant, color in zip(("broken", "mended"), COLORS[1::-1], strict=True):
+                rows = runs[f"{name}: {variant}"]
+                draw_history(panel, rows, "train_loss", f"{variant}, training", color=color)
+                draw_history(panel, rows, "val_loss", f"{variant}, validation", color=color, linestyle="--")
+                lost = [int(r["step"]) for r in rows if not math.isfinite(float(r["train_loss"]))]
+                if lost:
+                    panel.axvline(min(lost), color=color, linestyle=":", label=f"not finite at step {min(lost)}")
+            panel.set(title=name, ylabel="loss (nats)")
+            log_y(panel)
+            panel.legend(fontsize=9)
+
+
+def plot_bars(rows: list[dict], path: Path, title: str) -> None:
+    """A panel for each group of benchmark rows: the ratio to its first row."""
+    groups = group(rows, "group")
+    with picture(path, (1, len(groups)), title, width=3.2 * len(groups), height=3.4) as axes:
+        for panel, (name, found) in zip(axes, groups.items(), strict=True):
+            ratios = [float(r["ratio"]) for r in found]
+            bars = panel.bar([r["name"] for r in found], ratios, color=COLORS)
+            panel.bar_label(bars, fmt="%.2f")
+            panel.set(title=name, ylabel="times the first", ylim=(0, 1.15 * max(ratios)))
+            panel.tick_params(axis="x", rotation=30)
+
+
+def plot_lines(rows: list[dict], path: Path, x: str, y: str, ylabel: str) -> None:
+    with picture(path, (1, 1), rows[0]["fault"], width=7.0) as axes:
+        for (variant, runs), color, marker in zip(group(rows, "variant").items(), COLORS[1::-1], "so", strict=False):
+            points = {int(at): mean(r[y] for r in found).mean for at, found in group(runs, x).items()}
+            axes.plot(list(points), list(points.values()), color=color, marker=marker, label=variant)
+        axes.set(xlabel=x, ylabel=ylabel)
+        log_y(axes)
+        axes.legend()
+
+
+# -------- 5. Jobs ----------------------------------------------------------------------------------------------------
+
+
+def interleaved(works: dict[tuple[str, str], tuple[float, object]], repeats: int, device: torch.device) -> list[dict]:
+    """Time works against each other: {(group, name): (amount, function)} -> a row each, its rate and ratio.
+
+    All in turn, after one round as warm-up, so that whatever else the machine does falls on all alike. The rate is
+    the amount over the median seconds; the ratio is to the rate of the group's first.
+    """
+    seconds: dict[tuple[str, str], list[float]] = {key: [] for key in works}
+    for _ in range(repeats + 1):
+        for key, (_, work) in works.items():
+            start = time.perf_counter()
+            work()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds[key].append(time.perf_counter() - start)
+    rows: list[dict] = []
+    for (name_of_group, name), (amount, _) in works.items():
+        median = statistics.median(seconds[name_of_group, name][1:])
+        row = {"experiment": "benchmark", "group": name_of_group, "name": name, "seconds": median}
+        row["rate"] = amount / median
+        row["ratio"] = row["rate"] / next((r["rate"] for r in rows if r["group"] == name_of_group), row["rate"])
+        rows.append(row | {"repeats": repeats, "device": device.type})
+    return rows
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def parse_command_line(
+    argv: list[str] | None, doc: str, stage: str, whats: list[str], sweeps: dict, config_type: type, choices: dict
+) -> tuple[argparse.Namespace, dict]:
+    """The command line that the stages share: the job's flags, and the Config fields that the user gave.
+
+    Every field of config_type is a flag: its type that of its default, a tuple any number of whole numbers. A flag or
+    value that is off, or that config_type refuses with a ValueError, is one line on stderr and exit status 2.
+    """
+    parser = _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("what", nargs="?", default="all", choices=whats, metavar="WHAT", help=", ".join(whats))
+    parser.add_argument("--seeds", type=int, help="runs of every Config, each with the next seed")
+    parser.add_argument("--only", nargs="+", choices=sweeps, default=list(sweeps), help="these sweeps alone")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+    parser.add_argument("--data-dir", type=Path, default=HERE / "data")
+    parser.add_argument("--figures-dir", type=Path, help="results go to its folder of the stage (default: figures)")
+    parser.add_argument("--resume", action="store_true", help="go on with the same job where it was interrupted")
+    parser.add_argument("--smoke", action="store_true", help="a tiny run of everything, into a temporary folder")
+    parser.add_argument("--quiet", action="store_true", help="no progress, only the results and the paths")
+    knobs = parser.add_argument_group("Config", "each sets the field of this name in every run")
+    for field in dataclasses.fields(config_type):
+        kind = type(field.default)
+        how = {bool: {"action": argparse.BooleanOptionalAction}, tuple: {"type": int, "nargs": "*"}}
+        how = how.get(kind, {"type": kind, "choices": choices.get(field.name)})
+        flag = "--" + field.name.replace("_", "-")
+        knobs.add_argument(flag, dest=field.name, default=argparse.SUPPRESS, help=f"default {field.default}", **how)
+    args = parser.parse_args(argv)
+    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(config_type) if hasattr(args, f.name)}
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    try:
+        config_type(**given)
+    except ValueError as error:
+        parser.error(str(error))
+    if args.seeds is not None and args.seeds < 1:
+        parser.error(f"--seeds must be at least 1, not {args.seeds}")
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if args.device == "auto":
+        args.device = next(name for name in present if present[name])
+    if not present[args.device]:
+        parser.error(f"--device {args.device}: torch finds none on this machine")
+    script = Path(sys.modules[config_type.__module__].__file__).name
+    args.command = " ".join(["python", script, *(sys.argv[1:] if argv is None else argv)])
+    args.figures = (args.figures_dir or (Path(tempfile.mkdtemp()) if args.smoke else HERE / "figures")) / stage
+    return args, given

@@ -1,0 +1,657 @@
+"""Stage 1: a multilayer perceptron (全连接网络) reads MNIST, and shows what depth, width and training time do to it.
+
+    python stage1_mlp.py                 everything but the long deformed run: train, sweep, faults, benchmark, pictures
+    python stage1_mlp.py train           the 784-128-256-10 baseline, 5 seeds, with a report per class
+    python stage1_mlp.py deformed        the same network on images deformed anew at every step
+    python stage1_mlp.py sweep --only depth width --seeds 3
+    python stage1_mlp.py faults          what goes wrong in training: provoked, measured, mended
+    python stage1_mlp.py benchmark       speed, against a DataLoader pipeline and the machine's own matrix product
+    python stage1_mlp.py plot            draw figures/stage1/ again from its saved rows
+
+Axis letters in shape comments: B batch, C classes, N images, P = 784 pixels of an image, D neurons of a layer.
+"""
+
+import functools
+import itertools
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+import metrics
+
+# -------- 2. Config --------------------------------------------------------------------------------------------------
+
+STAGE = "stage1"
+CLASS_NAMES = [str(digit) for digit in range(10)]
+N_TRAIN, N_VAL = 55_000, 5_000  # of MNIST's 60,000 training images; its 10,000 test images stay whole
+OPTIMIZERS = {  # class and its arguments; fused is one pass over all parameters a step
+    "sgd": (torch.optim.SGD, {"fused": True}),
+    "momentum": (torch.optim.SGD, {"fused": True, "momentum": 0.9}),
+    "adagrad": (torch.optim.Adagrad, {}),
+    "rmsprop": (torch.optim.RMSprop, {}),
+    "adam": (torch.optim.Adam, {"fused": True}),
+    "adamw": (torch.optim.AdamW, {"fused": True}),
+}
+CHOICES = {
+    "activation": ["sigmoid", "tanh", "relu", "leaky_relu", "gelu", "silu"],
+    "init": ["zeros", "small", "default", "xavier", "kaiming"],
+    "loss": ["cross_entropy", "softmax_twice", "naive"],
+    "optimizer": list(OPTIMIZERS),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    hidden: tuple[int, ...] = (128, 256)  # neurons of each hidden layer; none is softmax regression
+    activation: str = "relu"
+    init: str = "kaiming"  # of the weights, see initialise
+    dropout: float = 0.0  # share of hidden values zeroed while training
+    normalise: bool = True  # pixels to mean 0, std 1; otherwise as stored, 0 … 255
+    deform: float = 0.0  # strength of the random image deformation: 0 none, 1 full
+    loss: str = "cross_entropy"  # the other two are there to go wrong
+    label_smoothing: float = 0.1  # share of the target that is spread evenly over all classes
+    optimizer: str = "adamw"
+    lr: float = 3e-3  # the highest learning rate of the schedule
+    weight_decay: float = 0.3  # of weights, not of biases
+    warmup: float = 0.3  # share of the run in which the learning rate rises; it falls along a cosine after
+    clip: float = 0.0  # largest gradient norm; 0 switches clipping off
+    batch_size: int = 128
+    epochs: int = 15  # passes over the training images
+    steps: int = 0  # number of updates, whatever epochs says; 0 leaves it to epochs
+    n_train: int = N_TRAIN  # training images used
+    n_logs: int = 30  # evaluations on the validation images during a run
+    seed: int = 0  # of weights, batch order, dropout and deformation; never of the validation split
+
+    def __post_init__(self):
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
+        limits = dict.fromkeys(("batch_size", "epochs", "n_logs"), (1, math.inf))
+        limits |= dict.fromkeys(("deform", "weight_decay", "clip", "steps", "seed"), (0, math.inf))
+        limits |= dict.fromkeys(("dropout", "label_smoothing", "warmup"), (0, 1))
+        limits |= {"n_train": (1, N_TRAIN + 1), "lr": (1e-12, math.inf)}
+        for name, (low, high) in limits.items():
+            if not low <= getattr(self, name) < high:
+                raise ValueError(f"{name} must be at least {low} and less than {high}, not {getattr(self, name)}")
+        if any(width < 1 for width in self.hidden):
+            raise ValueError(f"hidden must be layer sizes of at least 1, not {self.hidden}")
+
+    @property
+    def n_steps(self) -> int:
+        return self.steps or self.epochs * math.ceil(self.n_train / self.batch_size)
+
+
+# a sweep is a list of changes to its base Config; to add one, add its list here and what it varies below
+SWEEPS: dict[str, list[dict]] = {
+    "depth": [{"hidden": (128,) * n} for n in range(6)],
+    "width": [{"hidden": (n, n)} for n in (16, 32, 64, 128, 256, 512, 1024)],
+    "steps": [{"steps": n} for n in (100, 300, 1000, 3000, 10_000)],
+    "lr": [{"lr": lr} for lr in (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 1.0)],
+    "batch_size": [{"batch_size": n} for n in (16, 32, 64, 128, 256, 512, 1024)],
+    "activation": [{"activation": name} for name in CHOICES["activation"]],
+    "optimizer": [  # each at a learning rate of its own; weight decay is AdamW's, elsewhere it would be an L2 penalty
+        {"optimizer": name, "lr": lr, "weight_decay": 0.3 if name == "adamw" else 0.0}
+        for name, lr in zip(CHOICES["optimizer"], (0.3, 0.05, 0.03, 1e-3, 3e-3, 3e-3), strict=True)
+    ],
+    "init": [{"init": name} for name in CHOICES["init"]],
+    "regularisation": [
+        {"weight_decay": 0.0, "label_smoothing": 0.0} | change
+        for change in ({}, {"weight_decay": 0.3}, {"dropout": 0.2}, {"label_smoothing": 0.1}, {"deform": 1.0})
+    ],
+}
+# fmt: off
+AXES = {
+    "depth": "hidden layers × neurons", "width": "hidden layers × neurons", "steps": "training steps, each its own run",
+    "lr": "learning rate", "batch_size": "batch size", "activation": "activation", "optimizer": "optimizer",
+    "init": "initialisation", "regularisation": "regularisation",
+}
+# fmt: on
+# what a job changes in the Config before the user's flags do, and how many seeds it runs
+JOBS: dict[str, tuple[dict, int]] = {
+    "train": ({}, 5),
+    "deformed": ({"deform": 1.0, "epochs": 120, "weight_decay": 0.05, "label_smoothing": 0.0}, 5),
+    "sweep": ({"steps": 800, "n_logs": 10}, 1),
+    "faults": ({"steps": 600, "n_logs": 20, "weight_decay": 0.0, "label_smoothing": 0.0}, 1),
+}
+SMOKE = {"hidden": (16, 12), "n_train": 640, "steps": 6, "n_logs": 3}
+
+
+# -------- 3. Data ----------------------------------------------------------------------------------------------------
+
+MEAN, STD = 0.1307, 0.3081  # of MNIST's training pixels scaled to 0 … 1
+
+
+class Split(NamedTuple):
+    images: Tensor  # (N, P) float32
+    labels: Tensor  # (N,) int64
+
+
+class Data(NamedTuple):
+    train: Split
+    val: Split
+    test: Split
+
+
+class DataError(Exception):
+    """The images are missing, damaged, or not MNIST's."""
+
+
+def load_data(config: Config, device: torch.device | str = "cpu", data_dir: Path = metrics.HERE / "data") -> Data:
+    """MNIST whole on the device: 55,000 / 5,000 / 10,000 images, normalised or raw as the Config says.
+
+    torchvision finds, checks and unpacks the archives under data_dir. The validation split is stratified and always the
+    same, and the training images lie in a random order, so that the first n are a fair sample. DataError if the
+    images cannot be had or are another data set's (Fashion-MNIST's files have the same names).
+    """
+    try:
+        from torchvision.datasets import MNIST
+        from torchvision.datasets.utils import check_integrity
+    except (ImportError, RuntimeError) as error:  # "operator torchvision::nms does not exist": two different builds
+        remedy = "install a matched pair: pip install --force-reinstall torch torchvision"
+        raise DataError(f"torchvision does not work with torch {torch.__version__} ({error}); {remedy}") from error
+    raw = Path(data_dir) / "MNIST" / "raw"
+    for name, md5 in MNIST.resources:
+        if (raw / name).exists() and not check_integrity(str(raw / name), md5):
+            raise DataError(f"{raw / name} is damaged or not MNIST's: an MD5 sum of {md5} was expected")
+    try:
+        train, test = (MNIST(str(data_dir), train=part, download=True) for part in (True, False))
+        pixels, labels = train.data.flatten(1) / 255.0, train.targets
+        mean, std = pixels.mean().item(), pixels.std().item()
+    except (OSError, RuntimeError, ValueError, AssertionError) as error:
+        raise DataError(f"no readable MNIST in {raw} ({error}): put the archives back, delete *-ubyte") from error
+    if len(pixels) != N_TRAIN + N_VAL or abs(mean - MEAN) > 1e-3 or abs(std - STD) > 1e-3:
+        found = f"{len(pixels)} images of mean {mean:.4f} and std {std:.4f}"
+        raise DataError(f"{raw} is not MNIST: {found}, expected 60000 of {MEAN} and {STD}; delete its *-ubyte files")
+
+    generator = torch.Generator().manual_seed(1998)
+    order = torch.randperm(len(labels), generator=generator)
+    by_class = order[labels[order].argsort(stable=True)]
+    every_12th = torch.arange(len(labels)) % (len(labels) // N_VAL) == 0  # takes a twelfth of every class
+    kept = by_class[~every_12th]
+    kept = kept[torch.randperm(len(kept), generator=generator)]
+
+    def split(pixels: Tensor, labels: Tensor) -> Split:
+        images = (pixels - MEAN) / STD if config.normalise else pixels * 255
+        return Split(images.to(device), labels.to(device))
+
+    return Data(
+        split(pixels[kept], labels[kept]),
+        split(pixels[by_class[every_12th]], labels[by_class[every_12th]]),
+        split(test.data.flatten(1) / 255.0, test.targets),
+    )
+
+
+def deform(images: Tensor, strength: float = 1.0) -> Tensor:
+    """Turn, scale, shear, shift and bend every image (B, P) at random, differently each time.
+
+    At strength 1: up to 15° and 15 % and 1.5 pixels, then a smooth displacement of 1.2 pixels (std), white noise under
+    a Gaussian of 5 pixels: the elastic deformation of Simard, Steinkraus and Platt (2003, section 2).
+    """
+    B, device, half = len(images), images.device, 13.5  # grid_sample counts from -1 to 1: half an image is 13.5 pixels
+    turn, wide, high, shear, right, down = strength * (2 * torch.rand(6, B, device=device) - 1)
+    turn, wide, high = turn * math.radians(15), (0.15 * wide).exp(), (0.15 * high).exp()
+    none = torch.zeros(B, device=device)
+    x_from = [right * 1.5 / half, turn.cos() * wide, 0.15 * shear - turn.sin() * high, none]  # times 1, x, y, xy
+    y_from = [down * 1.5 / half, turn.sin() * wide, turn.cos() * high, none]
+    # where a pixel is read from: Σ_ij basis_i(y) weight_ij basis_j(x); the basis functions 1 and the coordinate itself
+    # make the affine part, Gaussian bumps on every 4th pixel the elastic one
+    pixel = torch.arange(28.0, device=device)[:, None]
+    bumps = torch.exp(-((pixel - torch.arange(-4.0, 33.0, 4.0, device=device)) ** 2) / (2 * 5.0**2))  # (28, 10)
+    basis = torch.cat([torch.ones_like(pixel), pixel / half - 1, F.normalize(bumps, dim=1)], 1)  # (28, 12)
+    weight = torch.zeros(B, 2, 12, 12, device=device)
+    weight[:, :, :2, :2] = torch.stack(x_from + y_from, 1).view(B, 2, 2, 2)
+    weight[:, :, 2:, 2:] = torch.randn(B, 2, 10, 10, device=device) * (1.2 * strength / half)
+    grid = (weight @ basis.mT).mT @ basis.mT  # (B, 2, x 28, y 28)
+    # an image's edge is background, so what comes in from outside is background too
+    images = images.view(B, 1, 28, 28)
+    return F.grid_sample(images, grid.permute(0, 3, 2, 1), padding_mode="border", align_corners=True).view(B, 784)
+
+
+# -------- 4. Model ---------------------------------------------------------------------------------------------------
+
+ACTIVATIONS = {name: getattr(F, name) for name in CHOICES["activation"]}
+
+
+class MLP(nn.Module):
+    """Linear layers with an activation after each but the last; hidden=() is softmax regression.
+
+    forward(x): images (B, …) of n_in values each -> logits (B, n_classes). ValueError on images of another size.
+    """
+
+    def __init__(self, hidden=(128, 256), n_in=784, n_classes=10, activation="relu", dropout=0.0):
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, not {activation!r}")
+        sizes = (n_in, *hidden, n_classes)
+        if min(sizes) < 1:
+            raise ValueError(f"every layer needs at least one neuron: {sizes}")
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(sizes))
+        self.activation = activation
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activations(x)[-1]
+
+    def activations(self, x: Tensor) -> list[Tensor]:
+        """The input, what every hidden layer makes of it, and the logits: n_layers + 1 tensors (B, D)."""
+        values = [x.flatten(1)]
+        if values[0].shape[1] != self.layers[0].in_features:
+            raise ValueError(f"images of {self.layers[0].in_features} values expected, not shape {tuple(x.shape)}")
+        for layer in self.layers[:-1]:
+            values.append(self.dropout(ACTIVATIONS[self.activation](layer(values[-1]))))
+        return [*values, self.layers[-1](values[-1])]
+
+
+def initialise(model: MLP, init: str) -> None:
+    """Draw the weights anew: by what each method takes to keep signals, or gradients, from growing and dying.
+
+    "kaiming" N(0, 2 / n_in), for ReLU (He 2015); "xavier" U(±√(6 / (n_in + n_out))), for tanh (Glorot 2010); "small"
+    N(0, 0.001²); "zeros"; all four with zero biases. "default" keeps nn.Linear's own: U(±1 / √n_in), biases too.
+    """
+    draw = {
+        "zeros": nn.init.zeros_,
+        "small": functools.partial(nn.init.normal_, std=1e-3),
+        "xavier": nn.init.xavier_uniform_,
+        "kaiming": functools.partial(nn.init.kaiming_normal_, nonlinearity="relu"),
+    }
+    if init != "default":
+        for layer in model.layers:
+            draw[init](layer.weight)
+            nn.init.zeros_(layer.bias)
+
+
+def cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Mean of -log softmax(logits)[target] over the batch: logits (B, C), target (B,) int64 -> scalar, in nats.
+
+    -log softmax(z)[t] = log Σ exp(z) - z[t], and log Σ exp(z) = m + log Σ exp(z - m) with m = max z, where no exp can
+    overflow. With smoothing s the target is 1 - s on t plus s / C on every class (Szegedy 2016, eq. 7 on).
+    """
+    if logits.ndim != 2 or target.shape != logits.shape[:1]:
+        raise ValueError(f"logits (B, C) and target (B,) expected, not {tuple(logits.shape)}, {tuple(target.shape)}")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must lie in 0 … 1, not {label_smoothing}")
+    logits = logits - logits.detach().amax(1, keepdim=True)
+    log_sum = logits.exp().sum(1).log()
+    right = logits.gather(1, target[:, None]).squeeze(1)
+    if label_smoothing:
+        right = (1 - label_smoothing) * right + label_smoothing * logits.mean(1)
+    return (log_sum - right).mean()
+
+
+def naive_cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """The formula as written, -log(exp(z) / Σ exp(z)): in float32 exp(89) is already infinite. No smoothing."""
+    exp = logits.exp()
+    return -(exp.gather(1, target[:, None]).squeeze(1) / exp.sum(1)).log().mean()
+
+
+LOSSES = {
+    "cross_entropy": cross_entropy,
+    # a common mistake: probabilities where logits belong; they differ by 1 at most, so it stays above ln(1 + 9/e)
+    "softmax_twice": lambda logits, target, smoothing: cross_entropy(logits.softmax(1), target, smoothing),
+    "naive": naive_cross_entropy,
+}
+
+
+@torch.no_grad()
+def backprop(model: MLP, images: Tensor, target: Tensor) -> dict[str, Tensor]:
+    """Gradients of cross_entropy(model(images), target) by the chain rule, by hand: {parameter name: gradient}.
+
+    With a_0 = x, z_i = a_i W_iᵀ + b_i, a_(i+1) = relu(z_i) and δ_i = ∂L/∂z_i (B, D_i), from the last layer to the first
+    (Rumelhart, Hinton and Williams 1986):
+        δ_last = (softmax(z_last) - onehot(target)) / B        ∂L/∂W_i = δ_iᵀ a_i        ∂L/∂b_i = Σ_B δ_i
+        δ_(i-1) = (δ_i W_i) ⊙ [z_(i-1) > 0]
+    ValueError for another activation than ReLU, or with dropout at work.
+    """
+    if model.activation != "relu" or (model.training and model.dropout.p > 0):
+        raise ValueError(f"by hand for ReLU without dropout only, not {model.activation}, dropout {model.dropout.p}")
+    *inputs, logits = model.activations(images)
+    B, C = logits.shape
+    delta = (logits.softmax(1) - F.one_hot(target, C)) / B  # (B, C)
+    gradients = {}
+    for i in reversed(range(len(model.layers))):
+        gradients[f"layers.{i}.weight"] = delta.mT @ inputs[i]  # (D_out, D_in)
+        gradients[f"layers.{i}.bias"] = delta.sum(0)  # (D_out,)
+        if i > 0:
+            delta = delta @ model.layers[i].weight * (inputs[i] > 0)  # (B, D_in); a ReLU that is off passes nothing
+    return gradients
+
+
+# -------- 5. Training ------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, split: Split) -> dict:
+    """Loss (nats), accuracy, macro precision, recall and F1 (0 … 1), and the confusion matrix, with dropout off."""
+    was_training = model.training
+    model.eval()
+    logits = model(split.images)
+    model.train(was_training)
+    matrix = metrics.confusion_matrix(logits.argmax(1), split.labels, logits.shape[1])
+    loss = cross_entropy(logits, split.labels).item()
+    return {"loss": loss, **metrics.scores(matrix), "confusion": matrix}
+
+
+def build(config: Config, device: torch.device) -> MLP:
+    """The Config's network with weights drawn from the Config's seed, on the device."""
+    torch.manual_seed(config.seed)
+    model = MLP(config.hidden, activation=config.activation, dropout=config.dropout)
+    initialise(model, config.init)
+    return model.to(device)
+
+
+def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
+    weights = [p for p in model.parameters() if p.ndim > 1]
+    biases = [p for p in model.parameters() if p.ndim == 1]
+    groups = [{"params": weights, "weight_decay": config.weight_decay}, {"params": biases, "weight_decay": 0.0}]
+    kind, arguments = OPTIMIZERS[config.optimizer]
+    return kind(groups, lr=config.lr, **arguments)
+
+
+def one_cycle(config: Config, step: int) -> float:
+    """Share of the highest learning rate: up a line over the warm-up, down a half cosine to 0 (Smith 2018)."""
+    progress = (step + 0.5) / config.n_steps
+    if progress < config.warmup:
+        return progress / config.warmup
+    return 0.5 * (1 + math.cos(math.pi * (progress - config.warmup) / (1 - config.warmup)))
+
+
+def batches(n: int, config: Config, device: torch.device) -> Iterator[Tensor]:
+    """Indices (B,) of the batches: all n images in a new random order, again and again."""
+    while True:
+        yield from torch.randperm(n, device=device).split(config.batch_size)
+
+
+def train(config: Config, data: Data, bar: tqdm | None = None) -> tuple[MLP, list[dict]]:
+    """Train the Config's network: the model, and a history row for each of n_logs evenly spaced steps.
+
+    A row's train_loss is the mean since the row before. Between rows nothing waits for the device. A loss that is not
+    finite ends the run at the next row, which then holds it. The bar, if any, moves by one a step.
+    """
+    images, labels = (part[: config.n_train] for part in data.train)
+    device = images.device
+    model = build(config, device)
+    optimizer = make_optimizer(model, config)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, functools.partial(one_cycle, config))
+    n_steps, loss_function = config.n_steps, LOSSES[config.loss]
+    logged = {math.ceil(n_steps * (i + 1) / config.n_logs) for i in range(config.n_logs)}
+    history, since, loss_sum, start = [], 0, torch.zeros((), device=device), time.perf_counter()
+
+    for step, batch in zip(range(1, n_steps + 1), batches(len(images), config, device), strict=False):
+        x, y = images.index_select(0, batch), labels.index_select(0, batch)  # (B, P), (B,)
+        if config.deform:  # gentler at the end, when the network settles on what the true images look like
+            x = deform(x, config.deform * (1.0 if step < 0.7 * n_steps else 0.3))
+
+        loss = loss_function(model(x), y, config.label_smoothing)
+        optimizer.zero_grad()
+        loss.backward()
+        if config.clip or step in logged:
+            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
+        optimizer.step()
+        schedule.step()
+        loss_sum += loss.detach()
+
+        if step in logged:
+            val = evaluate(model, data.val)
+            row = {"step": step, "epoch": step * config.batch_size / config.n_train}
+            row |= {"train_loss": loss_sum.item() / (step - since), "val_loss": val["loss"]}
+            row |= {"val_accuracy": val["accuracy"], "val_macro_f1": val["macro_f1"]}
+            row |= {"grad_norm": grad_norm.item(), "seconds": time.perf_counter() - start}
+            history.append(row)
+            if bar is not None:
+                bar.update(step - since)
+            since = step
+            loss_sum.zero_()
+            if status(history) == "diverged":
+                break
+    return model, history
+
+
+def status(history: list[dict]) -> str:
+    """ "diverged" if the last losses are not finite, else "ok"."""
+    last = history[-1]
+    return "ok" if math.isfinite(last["train_loss"]) and math.isfinite(last["val_loss"]) else "diverged"
+
+
+# -------- 6. Experiments ---------------------------------------------------------------------------------------------
+
+
+class Run(NamedTuple):
+    """One call of `train`: the experiment it belongs to, where in it, and the Config."""
+
+    experiment: str
+    value: str
+    config: Config
+
+
+def plan(job: str, given: dict, only: list[str], n_seeds: int | None, smoke: bool) -> list[Run]:
+    """The runs of a job, each with every seed, from the job's base Config, smoke's smaller one and the user's flags."""
+    changes, seeds = JOBS[job]
+    base = Config(**(changes | given))
+    runs = [Run("baseline" if job == "train" else job, "", base)]
+    if job == "sweep":
+        two = slice(2 if smoke else None)
+        runs = [Run(name, metrics.label(c), replace(base, **c)) for name in only for c in SWEEPS[name][two]]
+    elif job == "faults":
+        small = SMOKE if smoke else {}
+        pairs = [(fault, variant) for fault in FAULTS for variant in ("broken", "mended")]
+        runs = [Run(job, f"{f.name}: {v}", replace(base, **(getattr(f, v) | small))) for f, v in pairs]
+    seeds = range(base.seed, base.seed + (n_seeds or (2 if smoke else seeds)))
+    return [run._replace(config=replace(run.config, seed=seed)) for run in runs for seed in seeds]
+
+
+def execute(run: Run, data: Data, bar: tqdm) -> dict[str, list[dict]]:
+    """Train and measure one run: its rows for every table. Only the selected models ever see the test images."""
+    model, history = train(run.config, data, bar)
+    name = {"experiment": run.experiment, "value": run.value, "seed": run.config.seed}
+    val = {f"val_{key}": score for key, score in evaluate(model, data.val).items() if key != "confusion"}
+    row = name | asdict(run.config) | {"hidden": " ".join(map(str, run.config.hidden))}
+    row |= {"device": data.train.images.device.type, "threads": torch.get_num_threads(), "status": status(history)}
+    row |= val | {"seconds": history[-1]["seconds"], "parameters": sum(p.numel() for p in model.parameters())}
+    tables = {"runs": [row], "history": [name | line for line in history]}
+    if run.experiment in ("baseline", "deformed"):
+        test = evaluate(model, data.test)
+        matrix = test.pop("confusion").tolist()
+        cells = itertools.product(range(len(matrix)), repeat=2)
+        tables["test_metrics"] = [name | test]
+        tables["confusion"] = [name | {"true": t, "predicted": p, "count": matrix[t][p]} for t, p in cells]
+    for fault in FAULTS:
+        if run.value.startswith(f"{fault.name}: "):
+            name |= {"fault": fault.name, "variant": run.value.removeprefix(f"{fault.name}: ")}
+            number = MEASURES[fault.measured](model, history, run.config, data)
+            line = {"symptom": fault.symptom, "measured": fault.measured, "remedy": fault.remedy, "number": number}
+            tables["faults"] = [name | line | {"status": row["status"]}]
+            if "gradient" in fault.measured:
+                norms = enumerate(layer_gradients(run.config, data), 1)
+                tables["gradients"] = [name | {"layer": layer, "grad_norm": norm} for layer, norm in norms]
+    return tables
+
+
+def sweep(runs: list[Run], load: Callable[[Config], Data], journal: metrics.Journal, quiet: bool) -> None:
+    """Every run through the same `train`, its rows into the journal as it ends; runs found there are not repeated."""
+    with tqdm(total=sum(run.config.n_steps for run in runs), unit="step", disable=quiet) as bar:
+        for i, run in enumerate(runs, 1):
+            data, begun = load(run.config), bar.n
+            key = {"experiment": run.experiment, "value": run.value, **asdict(run.config)}
+            key |= {"device": data.train.images.device.type, "threads": torch.get_num_threads()}
+            tables = journal.run(key, lambda run=run, data=data: execute(run, data, bar))
+            bar.update(run.config.n_steps - (bar.n - begun))  # all of them, even where it diverged or was found
+            if not quiet:
+                row = tables["runs"][0]
+                line = f"[{i}/{len(runs)}] {run.experiment} {run.value} seed {run.config.seed}: {row['status']}, "
+                bar.write(line + f"val accuracy {100 * row['val_accuracy']:.2f} %, {row['seconds']:.1f} s")
+
+
+def layer_gradients(config: Config, data: Data) -> list[float]:
+    """Norm of the loss's gradient by each layer's weights, before the first update, on 1,000 images."""
+    model = build(config, data.train.images.device)
+    cross_entropy(model(data.train.images[:1000]), data.train.labels[:1000]).backward()
+    return [layer.weight.grad.norm().item() for layer in model.layers]
+
+
+def generalisation_gap(model: MLP, history: list[dict], config: Config, data: Data) -> float:
+    seen = evaluate(model, Split(*(part[: config.n_train] for part in data.train)))
+    return 100 * (seen["accuracy"] - history[-1]["val_accuracy"])
+
+
+@torch.no_grad()
+def dead_share(model: MLP, history: list[dict], config: Config, data: Data) -> float:
+    """Percent of the hidden neurons that are 0 for every validation image: no gradient reaches them ever again."""
+    hidden = torch.cat(model.eval().activations(data.val.images)[1:-1], 1)  # (N, sum of D)
+    return 100 * (hidden == 0).all(0).double().mean().item()
+
+
+# the number that shows a fault: its name with unit, and how to measure it on (model, history, config, data)
+ACCURACY = "validation accuracy (%)"
+MEASURES: dict[str, Callable[[MLP, list[dict], Config, Data], float]] = {
+    ACCURACY: lambda model, history, *_: 100 * history[-1]["val_accuracy"],
+    "training loss at the end (nats)": lambda model, history, *_: history[-1]["train_loss"],
+    "different neurons in layer 1": lambda model, *_: len(model.layers[0].weight.detach().unique(dim=0)),
+    "training minus validation accuracy (points)": generalisation_gap,
+    "neurons dead on all validation images (%)": dead_share,
+    "first gradient norm, first layer / last": lambda m, h, config, data: (
+        (norms := layer_gradients(config, data))[0] / norms[-1]
+    ),
+}
+
+
+class Fault(NamedTuple):
+    """Something that goes wrong in training: its sign, the Config that provokes it, and the Config that mends it."""
+
+    name: str
+    symptom: str
+    measured: str
+    broken: dict
+    remedy: str
+    mended: dict
+
+
+# fmt: off
+FAULTS = [
+    Fault("learning rate too high", "the loss grows until it is no number", ACCURACY,
+          {"optimizer": "sgd", "lr": 30.0}, "learning rate / 100", {"optimizer": "sgd", "lr": 0.3}),
+    Fault("all-zero weights", "a layer's neurons stay alike: only output biases learn", "different neurons in layer 1",
+          {"init": "zeros"}, "random weights (Kaiming)", {"init": "kaiming"}),
+    Fault("sigmoid in a deep net", "the gradient vanishes on its way down", "first gradient norm, first layer / last",
+          {"hidden": (128,) * 6, "activation": "sigmoid", "init": "default"}, "ReLU, Kaiming's weights",
+          {"hidden": (128,) * 6, "activation": "relu", "init": "kaiming"}),
+    Fault("softmax before cross-entropy", "stays above ln(1 + 9/e) = 1.4612", "training loss at the end (nats)",
+          {"loss": "softmax_twice"}, "logits into the loss", {"loss": "cross_entropy"}),
+    Fault("overfitting on 1,000 images", "right on what it saw", "training minus validation accuracy (points)",
+          {"n_train": 1000, "steps": 1500}, "images deformed anew each step",
+          {"n_train": 1000, "steps": 1500, "deform": 1.0}),
+    Fault("dead ReLUs", "huge first updates: neurons never fire again", "neurons dead on all validation images (%)",
+          {"optimizer": "adam", "lr": 0.1, "warmup": 0.0}, "lower rate, with warm-up", {"optimizer": "adam"}),
+    Fault("inputs not normalised", "pixels of 0 … 255 make every step far too long", ACCURACY,
+          {"optimizer": "sgd", "lr": 0.3, "normalise": False}, "pixels to mean 0, std 1",
+          {"optimizer": "sgd", "lr": 0.3, "normalise": True}),
+    Fault("-log(softmax) overflows", "exp(z) is infinite from z = 89 on", ACCURACY,
+          {"loss": "naive", "normalise": False}, "log-sum-exp, on the same inputs",
+          {"loss": "cross_entropy", "normalise": False}),
+]
+# fmt: on
+
+
+def dataloader_epoch(config: Config, data_dir: Path, device: torch.device, workers: int) -> None:
+    """The epoch a user would otherwise write: torchvision transforms, a DataLoader, torch's own loss and defaults."""
+    from torchvision import datasets, transforms
+
+    transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((MEAN,), (STD,))])
+    images = datasets.MNIST(str(data_dir), train=True, transform=transform)
+    images = torch.utils.data.Subset(images, range(config.n_train))
+    loader = torch.utils.data.DataLoader(images, config.batch_size, shuffle=True, num_workers=workers)
+    model = build(config, device)
+    optimizer = torch.optim.AdamW(model.parameters(), config.lr, weight_decay=config.weight_decay)
+    criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
+    for x, y in loader:
+        loss = criterion(model(x.to(device)), y.to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def benchmark(config: Config, data: Data, data_dir: Path, repeats: int) -> list[dict]:
+    """An epoch of ours against the DataLoader's; training against the machine's own matrix products: GFLOP/s.
+
+    Of a training step only the matrix products count: forward, gradients of the weights, and of the hidden layers.
+    """
+    device = data.train.images.device
+    few = data._replace(val=Split(*(part[:10] for part in data.val)))  # the evaluation at the end takes no time
+    epoch, n_steps = replace(config, epochs=1, n_logs=1), config.steps or 100
+    works = {("images/s", "ours"): (config.n_train, lambda: train(epoch, few))}
+    for n in (0, 2):
+        work = functools.partial(dataloader_epoch, epoch, data_dir, device, n)
+        works["images/s", f"DataLoader, {n} workers"] = (config.n_train, work)
+    square = torch.randn(1024, 1024, device=device)
+    layers = list(itertools.pairwise((784, *config.hidden, 10)))
+    for B in (128, 512, 2048):
+        shapes = [(B, a, b) for a, b in layers] + [(b, B, a) for a, b in layers] + [(B, b, a) for a, b in layers[1:]]
+        pairs = [(torch.randn(m, k, device=device), torch.randn(k, n, device=device)) for m, k, n in shapes]
+        gflop = n_steps * sum(2 * m * k * n for m, k, n in shapes) / 1e9
+        group, steps = f"GFLOP/s, batch {B}", replace(config, steps=n_steps, n_logs=1, batch_size=B)
+        works[group, "1024 × 1024 product"] = (20 * 1.024**3, lambda: [square @ square for _ in range(10)])
+        works[group, "its products"] = (gflop, lambda p=pairs: [x @ y for _ in range(n_steps) for x, y in p])
+        works[group, "training"] = (gflop, functools.partial(train, steps, few))
+    return metrics.interleaved(works, repeats, device)
+
+
+# -------- 7. Pictures ------------------------------------------------------------------------------------------------
+
+
+def plot(figures: Path) -> list[Path]:
+    """Draw every picture and summary.md from the saved rows; gives their paths. FileNotFoundError if there are none."""
+    album = metrics.Album(figures, "MLP on MNIST")
+    album.selected(CLASS_NAMES)
+    album.sweeps(AXES)
+    album.faults()
+    album.lines("gradients", "layer", "grad_norm", "gradient norm of its weights at the start")
+    album.benchmark()
+    return album.close()
+
+
+# -------- 8. Command line --------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> int:
+    whats = ["all", *JOBS, "benchmark", "plot"]
+    args, given = metrics.parse_command_line(argv, __doc__, STAGE, whats, SWEEPS, Config, CHOICES)
+    device, small = torch.device(args.device), SMOKE if args.smoke else {}
+    jobs = {"all": ["train", "sweep", "faults"], "benchmark": [], "plot": []}.get(args.what, [args.what])
+    if args.what == "all":
+        jobs += ["deformed"] if args.smoke else []
+        print("everything but the deformed run: about 5 minutes on 2 CPU cores")
+    load = functools.cache(lambda normalise: load_data(Config(normalise=normalise), device, args.data_dir))
+    try:
+        if args.what != "plot":
+            load(True)  # what is wrong with the data is said before anything is trained
+            environment = metrics.environment(args.command, device)  # of the code that starts, not of a later edit
+            journal = metrics.Journal(args.figures, args.what, args.resume)
+            runs = [run for job in jobs for run in plan(job, small | given, args.only, args.seeds, args.smoke)]
+            sweep(runs, lambda config: load(config.normalise), journal, args.quiet)
+            if args.what in ("all", "benchmark"):
+                config, repeats = Config(**(small | given)), 1 if args.smoke else 3
+                work = functools.partial(benchmark, config, load(True), args.data_dir, repeats)
+                journal.run({"benchmark": str(config), "device": args.device}, lambda: {"benchmark": work()})
+            journal.publish(environment)
+        paths = plot(args.figures)
+    except KeyboardInterrupt:
+        print(f"interrupted; what has ended is in {args.figures}, go on with: {args.command} --resume", file=sys.stderr)
+        return 130
+    except (DataError, OSError) as error:
+        print(f"{Path(__file__).name}: {error}", file=sys.stderr)
+        return 1
+    print((args.figures / "summary.md").read_text(encoding="utf-8"))
+    print(*(f"wrote {path}" for path in paths), sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
