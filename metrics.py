@@ -28,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,7 +36,7 @@ import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 HERE = Path(__file__).resolve().parent
 
@@ -113,7 +114,7 @@ def counts(matrix) -> Counts:
 def accuracy(matrix) -> float:
     """准确率: the share of samples on the diagonal, sum of TP / number of samples."""
     matrix = _matrix(matrix)
-    return (matrix.diagonal().sum() / matrix.sum()).item()
+    return matrix.diagonal().sum().item() / matrix.sum().item()
 
 
 def precision(matrix, average: str | None = None, zero_division: float = 0.0):
@@ -168,6 +169,18 @@ def scores(matrix) -> dict[str, float]:
         "macro_recall": recall(matrix, "macro"),
         "macro_f1": f1(matrix, "macro"),
     }
+
+
+def cells(matrix) -> list[dict]:
+    """The confusion matrix as rows: {true, predicted, count}."""
+    return [
+        {"true": t, "predicted": p, "count": int(count)} for (t, p), count in np.ndenumerate(_matrix(matrix).numpy())
+    ]
+
+
+def status(history: list[dict]) -> str:
+    """ "diverged" if the last losses of a run are not finite, else "ok"."""
+    return "ok" if all(math.isfinite(history[-1][loss]) for loss in ("train_loss", "val_loss")) else "diverged"
 
 
 def report(matrix, class_names=None) -> str:
@@ -314,13 +327,14 @@ class Mean(NamedTuple):
     std: float
     n: int
 
-    def text(self, digits: int = 2, scale: float = 1.0) -> str:
+    def text(self, form: str = ".2f", scale: float = 1.0) -> str:
         if not math.isfinite(self.mean):
             return "not finite"
-        if abs(self.mean * scale) >= 1e5:
-            return f"{self.mean * scale:.1e}"
-        spread = f" ± {self.std * scale:.{digits}f}" if self.n > 1 else ""
-        return f"{self.mean * scale:.{digits}f}{spread}"
+        spread = f" ± {self.std * scale:{form}}" if self.n > 1 else ""
+        return f"{self.mean * scale:{form}}{spread}"
+
+    def percent(self) -> str:
+        return self.text(".2f", 100)
 
 
 def mean(values) -> Mean:
@@ -361,8 +375,8 @@ def sweep_table(rows: list[dict], axis: str) -> str:
     for value, runs in group(rows, "value").items():
         line = [value]
         for name in ("accuracy", "macro_precision", "macro_recall", "macro_f1"):
-            line.append(mean(r[f"val_{name}"] for r in runs).text(2, 100))
-        line += [mean(r["val_loss"] for r in runs).text(4), f"{int(runs[0]['parameters']):,}"]
+            line.append(mean(r[f"val_{name}"] for r in runs).percent())
+        line += [mean(r["val_loss"] for r in runs).text(".4g"), f"{int(runs[0]['parameters']):,}"]
         line += [f"{statistics.median(float(r['seconds']) for r in runs):.1f}", len(runs)]
         line.append(sum(r["status"] == "diverged" for r in runs))
         lines.append(line)
@@ -374,7 +388,7 @@ def finding(rows: list[dict], axis: str) -> str:
     points = {value: mean(r["val_accuracy"] for r in runs) for value, runs in group(rows, "value").items()}
     best, worst = max(points, key=lambda v: points[v].mean), min(points, key=lambda v: points[v].mean)
     top, low = points[best], points[worst]
-    text = f"Best at {axis} = {best} ({top.text(2, 100)} %), worst at {worst} ({low.text(2, 100)} %)"
+    text = f"Best at {axis} = {best} ({top.percent()} %), worst at {worst} ({low.percent()} %)"
     if top.n > 1:
         # two means differ for certain only by more than their spread: 2 standard errors of the difference
         alike = [
@@ -430,7 +444,7 @@ def draw_history(axes, rows: list[dict], column: str, label: str, scale: float =
 def plot_curves(rows: list[dict], path: Path, title: str) -> None:
     """The course of training from one experiment's history rows: losses left, validation metrics right."""
     n_seeds = len(group(rows, "seed"))
-    with picture(path, (1, 2), f"{title} (mean and range over {n_seeds} seeds)") as (left, right):
+    with picture(path, (1, 2), f"{title} (mean and range, n = {n_seeds})") as (left, right):
         draw_history(left, rows, "train_loss", "train (the loss that is minimised)")
         draw_history(left, rows, "val_loss", "validation (cross-entropy)", linestyle="--")
         left.set_ylabel("loss (nats)")
@@ -453,7 +467,7 @@ def log_y(axes) -> None:
     decades = math.log10(high / low)
     axis.set_major_locator(MaxNLocator(5) if decades < 1 else LogLocator(subs=(1, 2, 5) if decades < 3 else (1,)))
     axis.set_major_formatter("{x:g}")
-    axis.set_minor_formatter(NullFormatter())
+    axis.set_minor_locator(NullLocator())
 
 
 def plot_sweep(rows: list[dict], history: list[dict], path: Path, title: str, axis: str) -> None:
@@ -522,9 +536,9 @@ class Album:
             return
         columns = ("accuracy", "macro_precision", "macro_recall", "macro_f1")
         header = ["test images", *(f"{name.replace('_', ' ')} %" for name in columns), "loss", "n"]
-        lines = [[name, *(mean(r[c] for r in rows).text(2, 100) for c in columns)] for name, rows in tests.items()]
+        lines = [[name, *(mean(r[c] for r in rows).percent() for c in columns)] for name, rows in tests.items()]
         lines = [
-            [*line, mean(r["loss"] for r in rows).text(4), len(rows)]
+            [*line, mean(r["loss"] for r in rows).text(".4f"), len(rows)]
             for line, rows in zip(lines, tests.values(), strict=True)
         ]
         self.text += ["", "## Test images, read once, after every choice was made", "", markdown(header, lines)]
@@ -533,7 +547,7 @@ class Album:
             for cell in cells[name]:
                 matrix[int(cell["true"]), int(cell["predicted"])] += int(cell["count"])
             title = f"{self.subject}, {name}"
-            sums = f"summed over {len(rows)} seeds"
+            sums = f"sum over seeds, n = {len(rows)}"
             self.text += [
                 "",
                 f"### {name}: test images per class, {sums}",
@@ -567,7 +581,7 @@ class Album:
         lines = []
         for name, rows in faults.items():
             variants = group(rows, "variant")
-            broken, mended = (mean(r["number"] for r in variants[v]).text(3) for v in ("broken", "mended"))
+            broken, mended = (mean(r["number"] for r in variants[v]).text(".3g") for v in ("broken", "mended"))
             diverged = sum(r["status"] == "diverged" for r in variants["broken"])
             broken += f" ({diverged} of {len(variants['broken'])} diverged)" if diverged else ""
             first = rows[0]
@@ -577,9 +591,9 @@ class Album:
         self.text += ["", "## Faults: provoked, measured, mended", "", markdown(header, lines)]
         self.add("faults", lambda path: plot_faults(self.history["faults"], list(faults), path))
 
-    def lines(self, table: str, x: str, y: str, ylabel: str) -> None:
+    def lines(self, table: str, fault: str, x: str, y: str, ylabel: str) -> None:
         """Of one fault, what its losses do not show: the mean of column y over column x, broken and mended."""
-        rows = read_rows(self.folder / f"{table}.csv")
+        rows = [row for row in read_rows(self.folder / f"{table}.csv") if row["fault"] == fault]
         if rows:
             self.add(f"fault_{table}", lambda path: plot_lines(rows, path, x, y, ylabel))
 
@@ -589,7 +603,8 @@ class Album:
             return
         self.text += ["", f"## Benchmark on {rows[0]['device']}: medians of {rows[0]['repeats']} interleaved repeats"]
         columns = [c for c in rows[0] if c not in ("experiment", "repeats", "device")]
-        self.text += ["", markdown(columns, [[r[c] for c in columns] for r in rows])]
+        self.text += ["", "The ratio is to the first rate of each group.", ""]
+        self.text += [markdown(columns, [[r[c] for c in columns] for r in rows])]
         self.add("benchmark", lambda path: plot_bars(rows, path, f"{self.subject}: speed"))
 
     def close(self) -> list[Path]:
@@ -621,15 +636,16 @@ def plot_faults(history: list[dict], names: list[str], path: Path) -> None:
 
 
 def plot_bars(rows: list[dict], path: Path, title: str) -> None:
-    """A panel for each group of benchmark rows: the ratio to its first row."""
+    """A panel for each group of benchmark rows: every rate in units of the group's first."""
     groups = group(rows, "group")
-    with picture(path, (1, len(groups)), title, width=3.2 * len(groups), height=3.4) as axes:
-        for panel, (name, found) in zip(axes, groups.items(), strict=True):
+    height = -(-len(groups) // 2)
+    with picture(path, (height, 2), title, height=2.5 * height) as axes:
+        for panel, (name, found) in zip(axes.flat, groups.items(), strict=False):
             ratios = [float(r["ratio"]) for r in found]
-            bars = panel.bar([r["name"] for r in found], ratios, color=COLORS)
-            panel.bar_label(bars, fmt="%.2f")
-            panel.set(title=name, ylabel="times the first", ylim=(0, 1.15 * max(ratios)))
-            panel.tick_params(axis="x", rotation=30)
+            bars = panel.barh([r["name"] for r in found], ratios, color=COLORS)
+            panel.bar_label(bars, fmt="%.2f", padding=3)
+            panel.set(title=name, xlabel=f"{name.split(',')[0]}, {found[0]['name']} = 1", xlim=(0, 1.2 * max(ratios)))
+            panel.invert_yaxis()
 
 
 def plot_lines(rows: list[dict], path: Path, x: str, y: str, ylabel: str) -> None:
@@ -643,6 +659,41 @@ def plot_lines(rows: list[dict], path: Path, x: str, y: str, ylabel: str) -> Non
 
 
 # -------- 5. Jobs ----------------------------------------------------------------------------------------------------
+
+
+class DataError(Exception):
+    """A data set is missing, damaged, or another one than expected."""
+
+
+def read_images(name: str, folder: Path, mean: float, std: float) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Training and test part of torchvision's data set `name`: images (N, 28, 28) uint8 and labels (N,) int64.
+
+    torchvision finds, checks and unpacks the archives under `folder`. Its check ends with the archives, and MNIST and
+    Fashion-MNIST name their files alike: so the training pixels must also have that mean and std (of 0 … 1). DataError
+    says which file is wrong and what was expected.
+    """
+    try:
+        from torchvision import datasets
+        from torchvision.datasets.utils import check_integrity
+    except (ImportError, RuntimeError) as error:  # "operator torchvision::nms does not exist": two different builds
+        remedy = "install a matched pair: pip install --force-reinstall torch torchvision"
+        raise DataError(f"torchvision does not work with torch {torch.__version__} ({error}); {remedy}") from error
+    dataset, raw = getattr(datasets, name), Path(folder) / name / "raw"
+    for archive, md5 in dataset.resources:
+        if (raw / archive).exists() and not check_integrity(str(raw / archive), md5):
+            raise DataError(f"{raw / archive} is damaged or not {name}'s: an MD5 sum of {md5} was expected")
+    try:
+        parts = [dataset(str(folder), train=train, download=True) for train in (True, False)]
+        parts = [(part.data, part.targets) for part in parts]
+        pixels = parts[0][0].float() / 255
+    except (OSError, RuntimeError, ValueError, AssertionError) as error:
+        remedy = f"put the four archives of {name} there, and delete the unpacked *-ubyte files"
+        raise DataError(f"no readable {name} in {raw} ({error}): {remedy}") from error
+    found = (len(pixels), round(pixels.mean().item(), 4), round(pixels.std().item(), 4))
+    if found != (60_000, mean, std):
+        remedy = "delete the unpacked *-ubyte files there"
+        raise DataError(f"{raw} is not {name}: (images, mean, std) are {found}, not {(60_000, mean, std)}; {remedy}")
+    return parts
 
 
 def interleaved(works: dict[tuple[str, str], tuple[float, object]], repeats: int, device: torch.device) -> list[dict]:
@@ -669,13 +720,36 @@ def interleaved(works: dict[tuple[str, str], tuple[float, object]], repeats: int
     return rows
 
 
+def report_works() -> dict[tuple[str, str], tuple[float, object]]:
+    """For `interleaved`: the full report of a million predictions, against scikit-learn's confusion matrix alone."""
+    from sklearn.metrics import confusion_matrix as theirs
+
+    predicted, target = np.random.default_rng(0).integers(0, 10, (2, 1_000_000))
+    group = "reports/s, a million predictions"
+    return {
+        (group, "scikit-learn's matrix"): (1, lambda: theirs(target, predicted)),
+        (group, "our matrix and report"): (1, lambda: report(confusion_matrix(predicted, target, 10))),
+    }
+
+
+def check_config(config, choices: dict[str, list[str]], limits: dict[str, tuple[float, float]]) -> None:
+    """ValueError, with the value, unless each field is one of its choices, or lies in its limits: low <= … < high."""
+    for name, allowed in choices.items():
+        if getattr(config, name) not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {getattr(config, name)!r}")
+    for name, (low, high) in limits.items():
+        value = getattr(config, name)
+        if not all(low <= number < high for number in (value if isinstance(value, tuple) else (value,))):
+            raise ValueError(f"{name} must be at least {low} and less than {high}, not {value}")
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
 def parse_command_line(
-    argv: list[str] | None, doc: str, stage: str, whats: list[str], sweeps: dict, config_type: type, choices: dict
+    argv: list[str] | None, doc: str, stage: str, jobs: Iterable[str], sweeps: dict, config_type: type, choices: dict
 ) -> tuple[argparse.Namespace, dict]:
     """The command line that the stages share: the job's flags, and the Config fields that the user gave.
 
@@ -683,6 +757,7 @@ def parse_command_line(
     value that is off, or that config_type refuses with a ValueError, is one line on stderr and exit status 2.
     """
     parser = _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    whats = ["all", *jobs, "benchmark", "plot"]
     parser.add_argument("what", nargs="?", default="all", choices=whats, metavar="WHAT", help=", ".join(whats))
     parser.add_argument("--seeds", type=int, help="runs of every Config, each with the next seed")
     parser.add_argument("--only", nargs="+", choices=sweeps, default=list(sweeps), help="these sweeps alone")

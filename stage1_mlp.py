@@ -31,7 +31,6 @@ import metrics
 # -------- 2. Config --------------------------------------------------------------------------------------------------
 
 STAGE = "stage1"
-CLASS_NAMES = [str(digit) for digit in range(10)]
 N_TRAIN, N_VAL = 55_000, 5_000  # of MNIST's 60,000 training images; its 10,000 test images stay whole
 OPTIMIZERS = {  # class and its arguments; fused is one pass over all parameters a step
     "sgd": (torch.optim.SGD, {"fused": True}),
@@ -46,6 +45,13 @@ CHOICES = {
     "init": ["zeros", "small", "default", "xavier", "kaiming"],
     "loss": ["cross_entropy", "softmax_twice", "naive"],
     "optimizer": list(OPTIMIZERS),
+}
+LIMITS = {  # each value is at least the first and less than the second
+    **dict.fromkeys(("hidden", "batch_size", "epochs", "n_logs"), (1, math.inf)),
+    **dict.fromkeys(("deform", "weight_decay", "clip", "steps", "seed"), (0, math.inf)),
+    **dict.fromkeys(("dropout", "label_smoothing", "warmup"), (0, 1)),
+    "n_train": (1, N_TRAIN + 1),
+    "lr": (1e-12, math.inf),
 }
 
 
@@ -72,18 +78,7 @@ class Config:
     seed: int = 0  # of weights, batch order, dropout and deformation; never of the validation split
 
     def __post_init__(self):
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
-        limits = dict.fromkeys(("batch_size", "epochs", "n_logs"), (1, math.inf))
-        limits |= dict.fromkeys(("deform", "weight_decay", "clip", "steps", "seed"), (0, math.inf))
-        limits |= dict.fromkeys(("dropout", "label_smoothing", "warmup"), (0, 1))
-        limits |= {"n_train": (1, N_TRAIN + 1), "lr": (1e-12, math.inf)}
-        for name, (low, high) in limits.items():
-            if not low <= getattr(self, name) < high:
-                raise ValueError(f"{name} must be at least {low} and less than {high}, not {getattr(self, name)}")
-        if any(width < 1 for width in self.hidden):
-            raise ValueError(f"hidden must be layer sizes of at least 1, not {self.hidden}")
+        metrics.check_config(self, CHOICES, LIMITS)
 
     @property
     def n_steps(self) -> int:
@@ -122,7 +117,7 @@ JOBS: dict[str, tuple[dict, int]] = {
     "sweep": ({"steps": 800, "n_logs": 10}, 1),
     "faults": ({"steps": 600, "n_logs": 20, "weight_decay": 0.0, "label_smoothing": 0.0}, 1),
 }
-SMOKE = {"hidden": (16, 12), "n_train": 640, "steps": 6, "n_logs": 3}
+SMOKE = {"hidden": (16, 12), "n_train": 640, "steps": 6, "n_logs": 2}
 
 
 # -------- 3. Data ----------------------------------------------------------------------------------------------------
@@ -141,53 +136,26 @@ class Data(NamedTuple):
     test: Split
 
 
-class DataError(Exception):
-    """The images are missing, damaged, or not MNIST's."""
-
-
 def load_data(config: Config, device: torch.device | str = "cpu", data_dir: Path = metrics.HERE / "data") -> Data:
     """MNIST whole on the device: 55,000 / 5,000 / 10,000 images, normalised or raw as the Config says.
 
-    torchvision finds, checks and unpacks the archives under data_dir. The validation split is stratified and always the
-    same, and the training images lie in a random order, so that the first n are a fair sample. DataError if the
-    images cannot be had or are another data set's (Fashion-MNIST's files have the same names).
+    The validation split is stratified and always the same; the training images lie in a random order, so that the first
+    n of them are a fair sample. metrics.DataError if the images cannot be had or are another data set's.
     """
-    try:
-        from torchvision.datasets import MNIST
-        from torchvision.datasets.utils import check_integrity
-    except (ImportError, RuntimeError) as error:  # "operator torchvision::nms does not exist": two different builds
-        remedy = "install a matched pair: pip install --force-reinstall torch torchvision"
-        raise DataError(f"torchvision does not work with torch {torch.__version__} ({error}); {remedy}") from error
-    raw = Path(data_dir) / "MNIST" / "raw"
-    for name, md5 in MNIST.resources:
-        if (raw / name).exists() and not check_integrity(str(raw / name), md5):
-            raise DataError(f"{raw / name} is damaged or not MNIST's: an MD5 sum of {md5} was expected")
-    try:
-        train, test = (MNIST(str(data_dir), train=part, download=True) for part in (True, False))
-        pixels, labels = train.data.flatten(1) / 255.0, train.targets
-        mean, std = pixels.mean().item(), pixels.std().item()
-    except (OSError, RuntimeError, ValueError, AssertionError) as error:
-        raise DataError(f"no readable MNIST in {raw} ({error}): put the archives back, delete *-ubyte") from error
-    if len(pixels) != N_TRAIN + N_VAL or abs(mean - MEAN) > 1e-3 or abs(std - STD) > 1e-3:
-        found = f"{len(pixels)} images of mean {mean:.4f} and std {std:.4f}"
-        raise DataError(f"{raw} is not MNIST: {found}, expected 60000 of {MEAN} and {STD}; delete its *-ubyte files")
-
+    (pixels, labels), test = metrics.read_images("MNIST", data_dir, MEAN, STD)
     generator = torch.Generator().manual_seed(1998)
     order = torch.randperm(len(labels), generator=generator)
     by_class = order[labels[order].argsort(stable=True)]
-    every_12th = torch.arange(len(labels)) % (len(labels) // N_VAL) == 0  # takes a twelfth of every class
-    kept = by_class[~every_12th]
+    held_out = torch.arange(len(labels)) % (len(labels) // N_VAL) == 0  # every 12th: a twelfth of every class
+    val, kept = by_class[held_out], by_class[~held_out]
     kept = kept[torch.randperm(len(kept), generator=generator)]
 
     def split(pixels: Tensor, labels: Tensor) -> Split:
-        images = (pixels - MEAN) / STD if config.normalise else pixels * 255
+        images = pixels.flatten(1).float()
+        images = (images / 255 - MEAN) / STD if config.normalise else images
         return Split(images.to(device), labels.to(device))
 
-    return Data(
-        split(pixels[kept], labels[kept]),
-        split(pixels[by_class[every_12th]], labels[by_class[every_12th]]),
-        split(test.data.flatten(1) / 255.0, test.targets),
-    )
+    return Data(split(pixels[kept], labels[kept]), split(pixels[val], labels[val]), split(*test))
 
 
 def deform(images: Tensor, strength: float = 1.0) -> Tensor:
@@ -287,17 +255,12 @@ def cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) 
     return (log_sum - right).mean()
 
 
-def naive_cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """The formula as written, -log(exp(z) / Σ exp(z)): in float32 exp(89) is already infinite. No smoothing."""
-    exp = logits.exp()
-    return -(exp.gather(1, target[:, None]).squeeze(1) / exp.sum(1)).log().mean()
-
-
 LOSSES = {
     "cross_entropy": cross_entropy,
-    # a common mistake: probabilities where logits belong; they differ by 1 at most, so it stays above ln(1 + 9/e)
-    "softmax_twice": lambda logits, target, smoothing: cross_entropy(logits.softmax(1), target, smoothing),
-    "naive": naive_cross_entropy,
+    # two common mistakes: probabilities where logits belong, which differ by 1 at most, so it stays above ln(1 + 9/e);
+    # and -log(exp(z) / Σ exp(z)) as it is written, where in float32 exp(89) is infinite
+    "softmax_twice": lambda z, target, smoothing: cross_entropy(z.softmax(1), target, smoothing),
+    "naive": lambda z, target, _: -(z.exp().gather(1, target[:, None]) / z.exp().sum(1, keepdim=True)).log().mean(),
 }
 
 
@@ -410,15 +373,9 @@ def train(config: Config, data: Data, bar: tqdm | None = None) -> tuple[MLP, lis
                 bar.update(step - since)
             since = step
             loss_sum.zero_()
-            if status(history) == "diverged":
+            if metrics.status(history) == "diverged":
                 break
     return model, history
-
-
-def status(history: list[dict]) -> str:
-    """ "diverged" if the last losses are not finite, else "ok"."""
-    last = history[-1]
-    return "ok" if math.isfinite(last["train_loss"]) and math.isfinite(last["val_loss"]) else "diverged"
 
 
 # -------- 6. Experiments ---------------------------------------------------------------------------------------------
@@ -444,7 +401,7 @@ def plan(job: str, given: dict, only: list[str], n_seeds: int | None, smoke: boo
         small = SMOKE if smoke else {}
         pairs = [(fault, variant) for fault in FAULTS for variant in ("broken", "mended")]
         runs = [Run(job, f"{f.name}: {v}", replace(base, **(getattr(f, v) | small))) for f, v in pairs]
-    seeds = range(base.seed, base.seed + (n_seeds or (2 if smoke else seeds)))
+    seeds = range(base.seed, base.seed + (n_seeds or (min(2, seeds) if smoke else seeds)))
     return [run._replace(config=replace(run.config, seed=seed)) for run in runs for seed in seeds]
 
 
@@ -454,30 +411,27 @@ def execute(run: Run, data: Data, bar: tqdm) -> dict[str, list[dict]]:
     name = {"experiment": run.experiment, "value": run.value, "seed": run.config.seed}
     val = {f"val_{key}": score for key, score in evaluate(model, data.val).items() if key != "confusion"}
     row = name | asdict(run.config) | {"hidden": " ".join(map(str, run.config.hidden))}
-    row |= {"device": data.train.images.device.type, "threads": torch.get_num_threads(), "status": status(history)}
-    row |= val | {"seconds": history[-1]["seconds"], "parameters": sum(p.numel() for p in model.parameters())}
+    row |= {"device": data.train.images.device.type, "threads": torch.get_num_threads()}
+    row |= {"status": metrics.status(history)} | val
+    row |= {"seconds": history[-1]["seconds"], "parameters": sum(p.numel() for p in model.parameters())}
     tables = {"runs": [row], "history": [name | line for line in history]}
     if run.experiment in ("baseline", "deformed"):
         test = evaluate(model, data.test)
-        matrix = test.pop("confusion").tolist()
-        cells = itertools.product(range(len(matrix)), repeat=2)
+        tables["confusion"] = [name | cell for cell in metrics.cells(test.pop("confusion"))]
         tables["test_metrics"] = [name | test]
-        tables["confusion"] = [name | {"true": t, "predicted": p, "count": matrix[t][p]} for t, p in cells]
     for fault in FAULTS:
         if run.value.startswith(f"{fault.name}: "):
             name |= {"fault": fault.name, "variant": run.value.removeprefix(f"{fault.name}: ")}
-            number = MEASURES[fault.measured](model, history, run.config, data)
+            number, by_layer = fault.measure(model, history, run.config, data), layer_gradients(run.config, data)
             line = {"symptom": fault.symptom, "measured": fault.measured, "remedy": fault.remedy, "number": number}
             tables["faults"] = [name | line | {"status": row["status"]}]
-            if "gradient" in fault.measured:
-                norms = enumerate(layer_gradients(run.config, data), 1)
-                tables["gradients"] = [name | {"layer": layer, "grad_norm": norm} for layer, norm in norms]
+            tables["gradients"] = [name | {"layer": i, "grad_norm": norm} for i, norm in enumerate(by_layer, 1)]
     return tables
 
 
 def sweep(runs: list[Run], load: Callable[[Config], Data], journal: metrics.Journal, quiet: bool) -> None:
     """Every run through the same `train`, its rows into the journal as it ends; runs found there are not repeated."""
-    with tqdm(total=sum(run.config.n_steps for run in runs), unit="step", disable=quiet) as bar:
+    with tqdm(total=sum(run.config.n_steps for run in runs), unit="step", disable=quiet or None) as bar:
         for i, run in enumerate(runs, 1):
             data, begun = load(run.config), bar.n
             key = {"experiment": run.experiment, "value": run.value, **asdict(run.config)}
@@ -509,51 +463,42 @@ def dead_share(model: MLP, history: list[dict], config: Config, data: Data) -> f
     return 100 * (hidden == 0).all(0).double().mean().item()
 
 
-# the number that shows a fault: its name with unit, and how to measure it on (model, history, config, data)
-ACCURACY = "validation accuracy (%)"
-MEASURES: dict[str, Callable[[MLP, list[dict], Config, Data], float]] = {
-    ACCURACY: lambda model, history, *_: 100 * history[-1]["val_accuracy"],
-    "training loss at the end (nats)": lambda model, history, *_: history[-1]["train_loss"],
-    "different neurons in layer 1": lambda model, *_: len(model.layers[0].weight.detach().unique(dim=0)),
-    "training minus validation accuracy (points)": generalisation_gap,
-    "neurons dead on all validation images (%)": dead_share,
-    "first gradient norm, first layer / last": lambda m, h, config, data: (
-        (norms := layer_gradients(config, data))[0] / norms[-1]
-    ),
-}
-
-
 class Fault(NamedTuple):
     """Something that goes wrong in training: its sign, the Config that provokes it, and the Config that mends it."""
 
     name: str
     symptom: str
-    measured: str
+    measured: str  # the number that shows it, with its unit
+    measure: Callable[[MLP, list[dict], Config, Data], float]
     broken: dict
     remedy: str
     mended: dict
 
 
+ACCURACY = ("validation accuracy (%)", lambda model, history, *_: 100 * history[-1]["val_accuracy"])
 # fmt: off
 FAULTS = [
-    Fault("learning rate too high", "the loss grows until it is no number", ACCURACY,
+    Fault("learning rate too high", "the loss grows until it is no number", *ACCURACY,
           {"optimizer": "sgd", "lr": 30.0}, "learning rate / 100", {"optimizer": "sgd", "lr": 0.3}),
     Fault("all-zero weights", "a layer's neurons stay alike: only output biases learn", "different neurons in layer 1",
+          lambda model, *_: len(model.layers[0].weight.detach().unique(dim=0)),
           {"init": "zeros"}, "random weights (Kaiming)", {"init": "kaiming"}),
     Fault("sigmoid in a deep net", "the gradient vanishes on its way down", "first gradient norm, first layer / last",
+          lambda model, history, config, data: (norms := layer_gradients(config, data))[0] / norms[-1],
           {"hidden": (128,) * 6, "activation": "sigmoid", "init": "default"}, "ReLU, Kaiming's weights",
           {"hidden": (128,) * 6, "activation": "relu", "init": "kaiming"}),
     Fault("softmax before cross-entropy", "stays above ln(1 + 9/e) = 1.4612", "training loss at the end (nats)",
+          lambda model, history, *_: history[-1]["train_loss"],
           {"loss": "softmax_twice"}, "logits into the loss", {"loss": "cross_entropy"}),
     Fault("overfitting on 1,000 images", "right on what it saw", "training minus validation accuracy (points)",
-          {"n_train": 1000, "steps": 1500}, "images deformed anew each step",
+          generalisation_gap, {"n_train": 1000, "steps": 1500}, "images deformed anew each step",
           {"n_train": 1000, "steps": 1500, "deform": 1.0}),
     Fault("dead ReLUs", "huge first updates: neurons never fire again", "neurons dead on all validation images (%)",
-          {"optimizer": "adam", "lr": 0.1, "warmup": 0.0}, "lower rate, with warm-up", {"optimizer": "adam"}),
-    Fault("inputs not normalised", "pixels of 0 … 255 make every step far too long", ACCURACY,
+          dead_share, {"optimizer": "adam", "lr": 0.1, "warmup": 0.0}, "lower rate and warm-up", {"optimizer": "adam"}),
+    Fault("inputs not normalised", "pixels of 0 … 255 make every step too long", *ACCURACY,
           {"optimizer": "sgd", "lr": 0.3, "normalise": False}, "pixels to mean 0, std 1",
           {"optimizer": "sgd", "lr": 0.3, "normalise": True}),
-    Fault("-log(softmax) overflows", "exp(z) is infinite from z = 89 on", ACCURACY,
+    Fault("-log(softmax) overflows", "exp(z) is infinite from z = 89 on", *ACCURACY,
           {"loss": "naive", "normalise": False}, "log-sum-exp, on the same inputs",
           {"loss": "cross_entropy", "normalise": False}),
 ]
@@ -565,13 +510,10 @@ def dataloader_epoch(config: Config, data_dir: Path, device: torch.device, worke
     from torchvision import datasets, transforms
 
     transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((MEAN,), (STD,))])
-    images = datasets.MNIST(str(data_dir), train=True, transform=transform)
-    images = torch.utils.data.Subset(images, range(config.n_train))
-    loader = torch.utils.data.DataLoader(images, config.batch_size, shuffle=True, num_workers=workers)
-    model = build(config, device)
+    images = torch.utils.data.Subset(datasets.MNIST(str(data_dir), transform=transform), range(config.n_train))
+    model, criterion = build(config, device), nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
     optimizer = torch.optim.AdamW(model.parameters(), config.lr, weight_decay=config.weight_decay)
-    criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
-    for x, y in loader:
+    for x, y in torch.utils.data.DataLoader(images, config.batch_size, shuffle=True, num_workers=workers):
         loss = criterion(model(x.to(device)), y.to(device))
         optimizer.zero_grad()
         loss.backward()
@@ -585,11 +527,13 @@ def benchmark(config: Config, data: Data, data_dir: Path, repeats: int) -> list[
     """
     device = data.train.images.device
     few = data._replace(val=Split(*(part[:10] for part in data.val)))  # the evaluation at the end takes no time
-    epoch, n_steps = replace(config, epochs=1, n_logs=1), config.steps or 100
-    works = {("images/s", "ours"): (config.n_train, lambda: train(epoch, few))}
+    n_steps = config.steps or 100
+    epoch = replace(config, epochs=1, steps=0, n_logs=1, n_train=min(config.n_train, 11_000))  # a fifth of the images
+    works: dict[tuple[str, str], tuple[float, Callable]] = {}  # (group, name) -> (how much work, doing it)
     for n in (0, 2):
         work = functools.partial(dataloader_epoch, epoch, data_dir, device, n)
-        works["images/s", f"DataLoader, {n} workers"] = (config.n_train, work)
+        works["images/s", f"DataLoader, {n} workers"] = (epoch.n_train, work)
+    works["images/s", "ours"] = (epoch.n_train, functools.partial(train, epoch, few))
     square = torch.randn(1024, 1024, device=device)
     layers = list(itertools.pairwise((784, *config.hidden, 10)))
     for B in (128, 512, 2048):
@@ -600,7 +544,7 @@ def benchmark(config: Config, data: Data, data_dir: Path, repeats: int) -> list[
         works[group, "1024 × 1024 product"] = (20 * 1.024**3, lambda: [square @ square for _ in range(10)])
         works[group, "its products"] = (gflop, lambda p=pairs: [x @ y for _ in range(n_steps) for x, y in p])
         works[group, "training"] = (gflop, functools.partial(train, steps, few))
-    return metrics.interleaved(works, repeats, device)
+    return metrics.interleaved(works | metrics.report_works(), repeats, device)
 
 
 # -------- 7. Pictures ------------------------------------------------------------------------------------------------
@@ -609,10 +553,10 @@ def benchmark(config: Config, data: Data, data_dir: Path, repeats: int) -> list[
 def plot(figures: Path) -> list[Path]:
     """Draw every picture and summary.md from the saved rows; gives their paths. FileNotFoundError if there are none."""
     album = metrics.Album(figures, "MLP on MNIST")
-    album.selected(CLASS_NAMES)
+    album.selected(list("0123456789"))
     album.sweeps(AXES)
     album.faults()
-    album.lines("gradients", "layer", "grad_norm", "gradient norm of its weights at the start")
+    album.lines("gradients", "sigmoid in a deep net", "layer", "grad_norm", "gradient norm of its weights at the start")
     album.benchmark()
     return album.close()
 
@@ -621,8 +565,7 @@ def plot(figures: Path) -> list[Path]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    whats = ["all", *JOBS, "benchmark", "plot"]
-    args, given = metrics.parse_command_line(argv, __doc__, STAGE, whats, SWEEPS, Config, CHOICES)
+    args, given = metrics.parse_command_line(argv, __doc__, STAGE, JOBS, SWEEPS, Config, CHOICES)
     device, small = torch.device(args.device), SMOKE if args.smoke else {}
     jobs = {"all": ["train", "sweep", "faults"], "benchmark": [], "plot": []}.get(args.what, [args.what])
     if args.what == "all":
@@ -645,7 +588,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"interrupted; what has ended is in {args.figures}, go on with: {args.command} --resume", file=sys.stderr)
         return 130
-    except (DataError, OSError) as error:
+    except (metrics.DataError, OSError) as error:
         print(f"{Path(__file__).name}: {error}", file=sys.stderr)
         return 1
     print((args.figures / "summary.md").read_text(encoding="utf-8"))
