@@ -357,7 +357,9 @@ def label(change: dict) -> str:
     """What a sweep's value is called in tables and pictures: 2×128 (layers by neurons), 0.003, sgd lr 0.3."""
     if len(change) == 1:
         value = next(iter(change.values()))
-        return f"{len(value)}×{max(value, default=0)}" if isinstance(value, tuple) else str(value)
+        if isinstance(value, tuple):
+            return f"{len(value)}×{value[0]}" if value else "0"
+        return str(value)
     return " ".join(v if isinstance(v, str) else f"{k} {v}" for k, v in change.items() if v) or "nothing"
 
 
