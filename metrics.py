@@ -762,7 +762,7 @@ def parse_command_line(
     whats = ["all", *jobs, "benchmark", "plot"]
     parser.add_argument("what", nargs="?", default="all", choices=whats, metavar="WHAT", help=", ".join(whats))
     parser.add_argument("--seeds", type=int, help="runs of every Config, each with the next seed")
-    parser.add_argument("--only", nargs="+", choices=sweeps, default=list(sweeps), help="these sweeps alone")
+    parser.add_argument("--only", nargs="+", choices=sweeps, metavar="SWEEP", help=f"of {', '.join(sweeps)}")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     parser.add_argument("--data-dir", type=Path, default=HERE / "data")
     parser.add_argument("--figures-dir", type=Path, help="results go to its folder of the stage (default: figures)")
@@ -783,6 +783,11 @@ def parse_command_line(
         config_type(**given)
     except ValueError as error:
         parser.error(str(error))
+    if "epochs" in given:
+        given.setdefault("steps", 0)  # a job's own number of steps gives way to the user's epochs
+    if args.only and args.what not in ("all", "sweep"):
+        parser.error(f"--only {' '.join(args.only)}: belongs to sweep, not to {args.what}")
+    args.only = args.only or list(sweeps)
     if args.seeds is not None and args.seeds < 1:
         parser.error(f"--seeds must be at least 1, not {args.seeds}")
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}

@@ -438,6 +438,7 @@ def test_resume_gives_the_rows_of_an_uninterrupted_run(tmp_path, monkeypatch, ca
         (["--optimizer", "lion"], "lion"),
         (["--seeds", "0"], "0"),
         (["--only", "colour"], "colour"),
+        (["train", "--only", "depth"], "depth"),
         (["--device", "tpu"], "tpu"),
     ],
 )
@@ -448,6 +449,15 @@ def test_a_bad_flag_is_one_line_and_exit_2(flags, quoted, capsys):
     error = capsys.readouterr().err
     assert quoted in error
     assert error.count("\n") == 1
+
+
+def test_the_users_epochs_win_over_a_jobs_steps():
+    args, given = metrics.parse_command_line(
+        ["sweep", "--epochs", "2"], "", stage.STAGE, stage.JOBS, stage.SWEEPS, stage.Config, stage.CHOICES
+    )
+    runs = stage.plan("sweep", given, ["depth"], None, False)
+    assert {run.config.n_steps for run in runs} == {2 * math.ceil(55_000 / 128)}
+    assert args.only == list(stage.SWEEPS)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
