@@ -353,14 +353,18 @@ def group(rows: list[dict], column: str) -> dict[str, list[dict]]:
     return groups
 
 
-def label(change: dict) -> str:
-    """What a sweep's value is called in tables and pictures: 2×128 (layers by neurons), 0.003, sgd lr 0.3."""
-    if len(change) == 1:
-        value = next(iter(change.values()))
+def label(change: dict, changes: list[dict]) -> str:
+    """What one change of a sweep is called: by what tells it from the others, 2×128 (layers by neurons), sgd lr 0.3."""
+    own = {key: value for key, value in change.items() if any(other.get(key) != value for other in changes)}
+    words = []
+    for key, value in own.items():
         if isinstance(value, tuple):
-            return f"{len(value)}×{value[0]}" if value else "0"
-        return str(value)
-    return " ".join(v if isinstance(v, str) else f"{k} {v}" for k, v in change.items() if v) or "nothing"
+            words.append(f"{len(value)}×{value[0]}" if value else "0")
+        elif isinstance(value, str) or len(own) == 1:
+            words.append(str(value))
+        elif value:
+            words.append(f"{key.replace('_', ' ')} {value}")
+    return " ".join(words) or "nothing"
 
 
 def markdown(header: list[str], rows: list[list]) -> str:
@@ -378,7 +382,7 @@ def sweep_table(rows: list[dict], axis: str) -> str:
         line = [value]
         for name in ("accuracy", "macro_precision", "macro_recall", "macro_f1"):
             line.append(mean(r[f"val_{name}"] for r in runs).percent())
-        line += [mean(r["val_loss"] for r in runs).text(".4g"), f"{int(runs[0]['parameters']):,}"]
+        line += [mean(r["val_loss"] for r in runs).text(".4f"), f"{int(runs[0]['parameters']):,}"]
         line += [f"{statistics.median(float(r['seconds']) for r in runs):.1f}", len(runs)]
         line.append(sum(r["status"] == "diverged" for r in runs))
         lines.append(line)
@@ -392,7 +396,7 @@ def finding(rows: list[dict], axis: str) -> str:
     top, low = points[best], points[worst]
     text = f"Best at {axis} = {best} ({top.percent()} %), worst at {worst} ({low.percent()} %)"
     if top.n > 1:
-        # two means differ for certain only by more than their spread: 2 standard errors of the difference
+        # a difference of less than two of its standard errors may well be chance
         alike = [
             v
             for v, p in points.items()
@@ -443,7 +447,7 @@ def draw_history(axes, rows: list[dict], column: str, label: str, scale: float =
     axes.set_xlabel("training step")
 
 
-def plot_curves(rows: list[dict], path: Path, title: str) -> None:
+def plot_curves(path: Path, rows: list[dict], title: str) -> None:
     """The course of training from one experiment's history rows: losses left, validation metrics right."""
     n_seeds = len(group(rows, "seed"))
     with picture(path, (1, 2), f"{title} (mean and range, n = {n_seeds})") as (left, right):
@@ -472,7 +476,7 @@ def log_y(axes) -> None:
     axis.set_minor_locator(NullLocator())
 
 
-def plot_sweep(rows: list[dict], history: list[dict], path: Path, title: str, axis: str) -> None:
+def plot_sweep(path: Path, rows: list[dict], history: list[dict], title: str, axis: str) -> None:
     """A sweep: validation accuracy and macro F1 per value with error bars, and the loss of each value over its run."""
     values = group(rows, "value")
     n_seeds = len(group(rows, "seed"))
@@ -498,7 +502,7 @@ def plot_sweep(rows: list[dict], history: list[dict], path: Path, title: str, ax
         right.legend(title=axis, fontsize=9, title_fontsize=9, ncols=2)
 
 
-def plot_confusion(matrix, class_names, path: Path, title: str) -> None:
+def plot_confusion(path: Path, matrix, class_names, title: str) -> None:
     """The confusion matrix: counts in every cell, colour by the share of the true class (log, so that errors show)."""
     matrix = _matrix(matrix).numpy()
     share = 100 * matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
@@ -525,9 +529,9 @@ class Album:
         self.paths: list[Path] = []
         self.text = [f"# {subject}", "", "Mean ± sample standard deviation over n seeds."]
 
-    def add(self, name: str, draw) -> None:
+    def add(self, name: str, draw, *what) -> None:
         self.paths.append(self.folder / f"{name}.png")
-        draw(self.paths[-1])
+        draw(self.paths[-1], *what)
         self.text += ["", f"![{name}]({name}.png)"]
 
     def selected(self, class_names) -> None:
@@ -537,43 +541,29 @@ class Album:
         if not tests:
             return
         columns = ("accuracy", "macro_precision", "macro_recall", "macro_f1")
+        lines = []
+        for name, rows in tests.items():
+            loss = mean(r["loss"] for r in rows).text(".4f")
+            lines.append([name, *(mean(r[c] for r in rows).percent() for c in columns), loss, len(rows)])
         header = ["test images", *(f"{name.replace('_', ' ')} %" for name in columns), "loss", "n"]
-        lines = [[name, *(mean(r[c] for r in rows).percent() for c in columns)] for name, rows in tests.items()]
-        lines = [
-            [*line, mean(r["loss"] for r in rows).text(".4f"), len(rows)]
-            for line, rows in zip(lines, tests.values(), strict=True)
-        ]
         self.text += ["", "## Test images, read once, after every choice was made", "", markdown(header, lines)]
         for name, rows in tests.items():
             matrix = torch.zeros(len(class_names), len(class_names), dtype=torch.int64)
             for cell in cells[name]:
                 matrix[int(cell["true"]), int(cell["predicted"])] += int(cell["count"])
-            title = f"{self.subject}, {name}"
-            sums = f"sum over seeds, n = {len(rows)}"
-            self.text += [
-                "",
-                f"### {name}: test images per class, {sums}",
-                "",
-                "```",
-                report(matrix, class_names),
-                "```",
-            ]
-            self.add(f"curves_{name}", lambda path, n=name, t=title: plot_curves(self.history[n], path, t))
-            self.add(
-                f"confusion_{name}",
-                lambda p, m=matrix, t=title, s=sums: plot_confusion(m, class_names, p, f"{t}: test, {s}"),
-            )
+            title, sums = f"{self.subject}, {name}", f"sum over seeds, n = {len(rows)}"
+            self.text += ["", f"### {name}: test images per class, {sums}", ""]
+            self.text += ["```", report(matrix, class_names), "```"]
+            self.add(f"curves_{name}", plot_curves, self.history[name], title)
+            self.add(f"confusion_{name}", plot_confusion, matrix, class_names, f"{title}: test, {sums}")
 
     def sweeps(self, axes: dict[str, str]) -> None:
+        """Of each sweep that has rows, its table, what it shows in a sentence, and its picture."""
         for name, axis in axes.items():
             if name in self.runs:
-                rows = self.runs[name]
+                rows, title = self.runs[name], f"{self.subject}, sweep: {name}"
                 self.text += ["", f"## Sweep: {name}", "", sweep_table(rows, axis), "", finding(rows, axis)]
-                title = f"{self.subject}, sweep: {name}"
-                self.add(
-                    f"sweep_{name}",
-                    lambda p, n=name, a=axis, t=title: plot_sweep(self.runs[n], self.history[n], p, t, a),
-                )
+                self.add(f"sweep_{name}", plot_sweep, rows, self.history[name], title, axis)
 
     def faults(self) -> None:
         """What was provoked and mended: the table, and the losses of each pair of runs."""
@@ -584,30 +574,33 @@ class Album:
         for name, rows in faults.items():
             variants = group(rows, "variant")
             broken, mended = (mean(r["number"] for r in variants[v]).text(".3g") for v in ("broken", "mended"))
-            diverged = sum(r["status"] == "diverged" for r in variants["broken"])
-            broken += f" ({diverged} of {len(variants['broken'])} diverged)" if diverged else ""
-            first = rows[0]
-            lines.append([name, first["symptom"], first["measured"], broken, first["remedy"], mended])
-            lines[-1].append(len(variants["broken"]))
+            n, diverged = len(variants["broken"]), sum(r["status"] == "diverged" for r in variants["broken"])
+            broken += f" ({diverged} of {n} diverged)" if diverged else ""
+            words = {column: rows[0][column] for column in ("symptom", "measured", "remedy")}
+            lines.append([name, words["symptom"], words["measured"], broken, words["remedy"], mended, n])
         header = ["fault", "symptom", "measured", "broken", "remedy", "mended", "n"]
         self.text += ["", "## Faults: provoked, measured, mended", "", markdown(header, lines)]
-        self.add("faults", lambda path: plot_faults(self.history["faults"], list(faults), path))
+        self.add("faults", plot_faults, self.history["faults"], list(faults))
 
     def lines(self, table: str, fault: str, x: str, y: str, ylabel: str) -> None:
         """Of one fault, what its losses do not show: the mean of column y over column x, broken and mended."""
         rows = [row for row in read_rows(self.folder / f"{table}.csv") if row["fault"] == fault]
         if rows:
-            self.add(f"fault_{table}", lambda path: plot_lines(rows, path, x, y, ylabel))
+            self.add(f"fault_{table}", plot_lines, rows, x, y, ylabel)
 
     def benchmark(self) -> None:
+        """The works that were timed against each other, group by group."""
         rows = read_rows(self.folder / "benchmark.csv")
-        if not rows:
-            return
-        self.text += ["", f"## Benchmark on {rows[0]['device']}: medians of {rows[0]['repeats']} interleaved repeats"]
-        columns = [c for c in rows[0] if c not in ("experiment", "repeats", "device")]
-        self.text += ["", "The ratio is to the first rate of each group.", ""]
-        self.text += [markdown(columns, [[r[c] for c in columns] for r in rows])]
-        self.add("benchmark", lambda path: plot_bars(rows, path, f"{self.subject}: speed"))
+        if rows:
+            numbers = ("seconds", "rate", "ratio")
+            lines = [[r["group"], r["name"], *(f"{float(r[c]):.3g}" for c in numbers)] for r in rows]
+            self.text += [
+                "",
+                f"## Benchmark on {rows[0]['device']}: medians of {rows[0]['repeats']} interleaved repeats",
+            ]
+            self.text += ["", markdown(["rate in", "of", *numbers], lines)]
+            self.text += ["", "The ratio is that of the rate to the first of its kind."]
+            self.add("benchmark", plot_bars, rows, f"{self.subject}: speed")
 
     def close(self) -> list[Path]:
         """Write summary.md; the paths of all that was made. FileNotFoundError if there was nothing to draw."""
@@ -619,7 +612,7 @@ class Album:
         return [*self.paths, summary]
 
 
-def plot_faults(history: list[dict], names: list[str], path: Path) -> None:
+def plot_faults(path: Path, history: list[dict], names: list[str]) -> None:
     """One panel a fault: training loss (solid) and validation loss (dashed) of the broken and the mended run."""
     runs = group(history, "value")
     height = -(-len(names) // 2)
@@ -637,7 +630,7 @@ def plot_faults(history: list[dict], names: list[str], path: Path) -> None:
             panel.legend(fontsize=9)
 
 
-def plot_bars(rows: list[dict], path: Path, title: str) -> None:
+def plot_bars(path: Path, rows: list[dict], title: str) -> None:
     """A panel for each group of benchmark rows: every rate in units of the group's first."""
     groups = group(rows, "group")
     height = -(-len(groups) // 2)
@@ -650,7 +643,7 @@ def plot_bars(rows: list[dict], path: Path, title: str) -> None:
             panel.invert_yaxis()
 
 
-def plot_lines(rows: list[dict], path: Path, x: str, y: str, ylabel: str) -> None:
+def plot_lines(path: Path, rows: list[dict], x: str, y: str, ylabel: str) -> None:
     with picture(path, (1, 1), rows[0]["fault"], width=7.0) as axes:
         for (variant, runs), color, marker in zip(group(rows, "variant").items(), COLORS[1::-1], "so", strict=False):
             points = {int(at): mean(r[y] for r in found).mean for at, found in group(runs, x).items()}

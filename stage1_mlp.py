@@ -98,16 +98,16 @@ SWEEPS: dict[str, list[dict]] = {
         for name, lr in zip(CHOICES["optimizer"], (0.3, 0.05, 0.03, 1e-3, 3e-3, 3e-3), strict=True)
     ],
     "init": [{"init": name} for name in CHOICES["init"]],
-    "regularisation": [
-        {"weight_decay": 0.0, "label_smoothing": 0.0} | change
+    "regularisation": [  # where there is something to overfit: 5,000 images
+        {"n_train": 5000, "weight_decay": 0.0, "label_smoothing": 0.0} | change
         for change in ({}, {"weight_decay": 0.3}, {"dropout": 0.2}, {"label_smoothing": 0.1}, {"deform": 1.0})
     ],
 }
 # fmt: off
 AXES = {
     "depth": "hidden layers × neurons", "width": "hidden layers × neurons", "steps": "training steps, each its own run",
-    "lr": "learning rate", "batch_size": "batch size", "activation": "activation", "optimizer": "optimizer",
-    "init": "initialisation", "regularisation": "regularisation",
+    "lr": "learning rate", "batch_size": "batch size, equal steps", "activation": "activation",
+    "optimizer": "optimizer", "init": "initialisation", "regularisation": "regularisation, on 5,000 images",
 }
 # fmt: on
 # what a job changes in the Config before the user's flags do, and how many seeds it runs
@@ -186,8 +186,6 @@ def deform(images: Tensor, strength: float = 1.0) -> Tensor:
 
 # -------- 4. Model ---------------------------------------------------------------------------------------------------
 
-ACTIVATIONS = {name: getattr(F, name) for name in CHOICES["activation"]}
-
 
 class MLP(nn.Module):
     """Linear layers with an activation after each but the last; hidden=() is softmax regression.
@@ -197,8 +195,8 @@ class MLP(nn.Module):
 
     def __init__(self, hidden=(128, 256), n_in=784, n_classes=10, activation="relu", dropout=0.0):
         super().__init__()
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, not {activation!r}")
+        if activation not in CHOICES["activation"]:
+            raise ValueError(f"activation must be one of {', '.join(CHOICES['activation'])}, not {activation!r}")
         sizes = (n_in, *hidden, n_classes)
         if min(sizes) < 1:
             raise ValueError(f"every layer needs at least one neuron: {sizes}")
@@ -214,9 +212,10 @@ class MLP(nn.Module):
         values = [x.flatten(1)]
         if values[0].shape[1] != self.layers[0].in_features:
             raise ValueError(f"images of {self.layers[0].in_features} values expected, not shape {tuple(x.shape)}")
-        for layer in self.layers[:-1]:
-            values.append(self.dropout(ACTIVATIONS[self.activation](layer(values[-1]))))
-        return [*values, self.layers[-1](values[-1])]
+        *hidden, last = self.layers
+        for layer in hidden:
+            values.append(self.dropout(getattr(F, self.activation)(layer(values[-1]))))
+        return [*values, last(values[-1])]
 
 
 def initialise(model: MLP, init: str) -> None:
@@ -389,19 +388,19 @@ class Run(NamedTuple):
     config: Config
 
 
-def plan(job: str, given: dict, only: list[str], n_seeds: int | None, smoke: bool) -> list[Run]:
-    """The runs of a job, each with every seed, from the job's base Config, smoke's smaller one and the user's flags."""
+def plan(job: str, small: dict, given: dict, only: list[str], n_seeds: int | None) -> list[Run]:
+    """The runs of a job, each with every seed: its base Config, made smaller for a smoke run, under the user's flags."""
     changes, seeds = JOBS[job]
-    base = Config(**(changes | given))
-    runs = [Run("baseline" if job == "train" else job, "", base)]
+    base = Config(**(changes | small | given))
     if job == "sweep":
-        two = slice(2 if smoke else None)
-        runs = [Run(name, metrics.label(c), replace(base, **c)) for name in only for c in SWEEPS[name][two]]
+        pairs = [(name, change) for name in only for change in SWEEPS[name][: 2 if small else None]]
+        runs = [Run(name, metrics.label(change, SWEEPS[name]), replace(base, **change)) for name, change in pairs]
     elif job == "faults":
-        small = SMOKE if smoke else {}
-        pairs = [(fault, variant) for fault in FAULTS for variant in ("broken", "mended")]
-        runs = [Run(job, f"{f.name}: {v}", replace(base, **(getattr(f, v) | small))) for f, v in pairs]
-    seeds = range(base.seed, base.seed + (n_seeds or (min(2, seeds) if smoke else seeds)))
+        pairs = [(f"{fault.name}: {v}", getattr(fault, v)) for fault in FAULTS for v in ("broken", "mended")]
+        runs = [Run(job, value, replace(base, **(change | small))) for value, change in pairs]
+    else:
+        runs = [Run("baseline" if job == "train" else job, "", base)]
+    seeds = range(base.seed, base.seed + (n_seeds or (min(2, seeds) if small else seeds)))
     return [run._replace(config=replace(run.config, seed=seed)) for run in runs for seed in seeds]
 
 
@@ -577,7 +576,7 @@ def main(argv: list[str] | None = None) -> int:
             load(True)  # what is wrong with the data is said before anything is trained
             environment = metrics.environment(args.command, device)  # of the code that starts, not of a later edit
             journal = metrics.Journal(args.figures, args.what, args.resume)
-            runs = [run for job in jobs for run in plan(job, small | given, args.only, args.seeds, args.smoke)]
+            runs = [run for job in jobs for run in plan(job, small, given, args.only, args.seeds)]
             sweep(runs, lambda config: load(config.normalise), journal, args.quiet)
             if args.what in ("all", "benchmark"):
                 config, repeats = Config(**(small | given)), 1 if args.smoke else 3
