@@ -10,7 +10,8 @@ The three stages share this one module. Its first half is arithmetic: everything
     accuracy 准确率 = (TP + TN) / (TP + TN + FP + FN) for two classes; for C classes the share of the diagonal
     F1值 = 2 · precision · recall / (precision + recall) = 2 TP / (2 TP + FP + FN)
 
-Its second half keeps the rows of finished runs safe, and draws tables and pictures from saved rows alone.
+Its second half is what the stages need around that: it keeps the rows of finished runs safe, draws tables and pictures
+from saved rows alone, and reads data sets, times works against each other and parses the command line.
 
     1. Arithmetic   2. Rows   3. Tables   4. Pictures   5. Jobs
 """
@@ -19,14 +20,18 @@ import argparse
 import contextlib
 import csv
 import dataclasses
+import functools
+import itertools
 import json
 import math
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -237,42 +242,51 @@ class Journal:
     """The finished runs of one job, on disk as they end, published into the result tables when the job is complete.
 
     One line of JSON a run: {"key": what identifies the run, "tables": {"runs": [row], "history": [rows], …}}. A run
-    is in the journal whole or not at all. Without `resume`, an unfinished journal of the same job is set aside as .bak.
+    is in the journal whole or not at all, and is taken up again only by the code, versions, device and threads that
+    made it. Without `resume`, an unfinished journal of the same job is set aside as .bak.
     """
 
-    def __init__(self, folder: Path, job: str, resume: bool = False):
-        self.folder, self.job = Path(folder), job
+    def __init__(self, folder: Path, job: str, environment: dict, resume: bool = False):
+        self.folder, self.environment = Path(folder), environment
         self.folder.mkdir(parents=True, exist_ok=True)
         self.path = self.folder / f"{job}.unfinished.jsonl"
         self.records: dict[str, dict] = {}
         if self.path.exists() and resume:
-            self._read()
+            # a process that died in mid-line leaves no newline behind it
+            lines = [line for line in self.path.read_text(encoding="utf-8").splitlines(True) if line.endswith("\n")]
+            self.records = {record["key"]: record["tables"] for record in map(json.loads, lines)}
+            self._write(lines)
         elif self.path.exists():
-            os.replace(self.path, self.path.with_name(self.path.name + ".bak"))
-        self.used: list[str] = []  # the keys this job asked for, in its order
+            aside = next(p for n in itertools.count(1) if not (p := Path(f"{self.path}.{n}.bak")).exists())
+            os.replace(self.path, aside)
+            print(f"an unfinished {job} is set aside as {aside}; it would have gone on with --resume", file=sys.stderr)
+        elif resume:
+            print(f"no unfinished {job} in {folder}: it starts from the beginning", file=sys.stderr)
+        self.used: dict[str, None] = {}  # the keys this job asked for, in its order
 
-    def _read(self):
-        text = self.path.read_text(encoding="utf-8")
-        whole = text[: text.rfind("\n") + 1]  # a process that died in mid-line leaves no newline
-        for line in whole.splitlines():
-            record = json.loads(line)
-            self.records[record["key"]] = record["tables"]
-        if whole != text:
-            with written_aside(self.path) as aside:
-                aside.write_text(whole, encoding="utf-8")
+    def _write(self, lines: list[str]) -> None:
+        with written_aside(self.path) as aside:
+            aside.write_text("".join(lines), encoding="utf-8")
+
+    def _line(self, name: str) -> str:
+        return json.dumps({"key": name, "tables": self.records[name]}) + "\n"
 
     def run(self, key: dict, work) -> dict[str, list[dict]]:
         """The tables of the run that `key` names: from the journal if it is there, else from `work()`."""
-        name = json.dumps(key, sort_keys=True)
+        made_by = {part: self.environment.get(part) for part in ("commit", "torch", "device", "threads")}
+        name = json.dumps(key | made_by, sort_keys=True)
         if name not in self.records:
             self.records[name] = work()
             with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"key": name, "tables": self.records[name]}) + "\n")
-        self.used.append(name)
+                file.write(self._line(name))
+        self.used[name] = None
         return self.records[name]
 
-    def publish(self, environment: dict) -> list[Path]:
-        """Replace the rows of this job's experiments in the folder's tables, leave all others, and end the journal."""
+    def publish(self) -> list[Path]:
+        """Replace the rows of this job's experiments in the folder's tables, leave all others, and end the journal.
+
+        Finished runs that this job did not ask for, of other settings before a resume, stay in the journal.
+        """
         tables: dict[str, list[dict]] = {}
         for name in self.used:
             for table, rows in self.records[name].items():
@@ -285,9 +299,13 @@ class Journal:
                 write_rows(renames.enter_context(written_aside(path)), kept + rows)
             jobs = self.folder / "environment.json"
             known = json.loads(jobs.read_text(encoding="utf-8")) if jobs.exists() else {}
-            text = json.dumps(known | dict.fromkeys(sorted(replaced), environment), indent=2, ensure_ascii=False) + "\n"
-            renames.enter_context(written_aside(jobs)).write_text(text, encoding="utf-8")
-        self.path.unlink(missing_ok=True)
+            text = json.dumps(known | dict.fromkeys(sorted(replaced), self.environment), indent=2, ensure_ascii=False)
+            renames.enter_context(written_aside(jobs)).write_text(text + "\n", encoding="utf-8")
+        left = [self._line(name) for name in self.records if name not in self.used]
+        if left:
+            self._write(left)
+        else:
+            self.path.unlink(missing_ok=True)
         return [*paths, jobs]
 
 
@@ -302,7 +320,7 @@ def environment(command: str, device: torch.device) -> dict:
         return done.stdout.strip() if done.returncode == 0 else "no git repository"
 
     try:
-        commit = git("rev-parse", "--short", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else "")
+        commit = git("rev-parse", "--short", "HEAD") + ("-dirty" if git("status", "--porcelain", "--", "*.py") else "")
     except OSError:
         commit = "no git"
     cuda = torch.cuda.get_device_name(device) if device.type == "cuda" else None
@@ -339,7 +357,7 @@ class Mean(NamedTuple):
 
 def mean(values) -> Mean:
     """Mean ± sample standard deviation (n - 1) of numbers or their texts."""
-    values = [float(v) for v in values]
+    values = [float(v or math.nan) if isinstance(v, str) else float(v) for v in values]
     if not all(map(math.isfinite, values)):
         return Mean(math.nan, math.nan, len(values))
     return Mean(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan, len(values))
@@ -354,17 +372,18 @@ def group(rows: list[dict], column: str) -> dict[str, list[dict]]:
 
 
 def label(change: dict, changes: list[dict]) -> str:
-    """What one change of a sweep is called: by what tells it from the others, 2×128 (layers by neurons), sgd lr 0.3."""
-    own = {key: value for key, value in change.items() if any(other.get(key) != value for other in changes)}
+    """A change's name in its sweep, by what tells it from the others: "2×128" (layers by neurons), "sgd, lr 0.3"."""
+    one_field = len({*itertools.chain(*changes)}) == 1
+    own = {key: value for key, value in change.items() if one_field or any(c.get(key) != value for c in changes)}
     words = []
     for key, value in own.items():
         if isinstance(value, tuple):
-            words.append(f"{len(value)}×{value[0]}" if value else "0")
-        elif isinstance(value, str) or len(own) == 1:
+            words.append(f"{len(value)}×{value[0]}" if len(set(value)) == 1 else "-".join(map(str, value)) or "0")
+        elif isinstance(value, str) or one_field:
             words.append(str(value))
         elif value:
             words.append(f"{key.replace('_', ' ')} {value}")
-    return " ".join(words) or "nothing"
+    return ", ".join(words) or "nothing"
 
 
 def markdown(header: list[str], rows: list[list]) -> str:
@@ -403,6 +422,8 @@ def finding(rows: list[dict], axis: str) -> str:
             if v != best and top.mean - p.mean <= 2 * math.sqrt((top.std**2 + p.std**2) / top.n)
         ]
         text += f"; within two standard errors of the best: {', '.join(alike) or 'no other'}"
+    else:
+        text += "; of one seed, so small differences may be chance"
     diverged = [value for value, runs in group(rows, "value").items() if any(r["status"] == "diverged" for r in runs)]
     return text + (f"; diverged at {', '.join(diverged)}." if diverged else ".")
 
@@ -420,18 +441,26 @@ STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.prop_cycle": matplotlib.cycler(color=COLORS),
-    "legend.frameon": False,
+    "legend.framealpha": 0.8,
+    "legend.edgecolor": "white",
     "lines.linewidth": 1.8,
 }
 
 
 @contextlib.contextmanager
-def picture(path: Path, panels: tuple[int, int], title: str, height: float = 4.0, width: float = 10.0):
-    """A figure in the common style: gives its axes, rows × columns of them, and saves it as PNG when the block ends."""
+def picture(path: Path, panels: tuple[int, int], title: str, width=10.0, height=4.0, left=0.8, bottom=0.6, top=0.5):
+    """A figure in the common style: gives its axes, rows × columns of them, and saves it as PNG when the block ends.
+
+    Sizes in inches; left, bottom and top leave room for the labels, which saves a search for the layout.
+    """
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        figure.suptitle(title, fontsize=13)
+        figure = Figure(figsize=(width, height))
+        figure.suptitle(title, fontsize=13, y=1 - 0.1 / height, va="top")
         axes = figure.subplots(*panels)
+        panel_height = (height - top - bottom) / panels[0] - 0.45
+        panel_width = (width - 0.2 - left) / panels[1] - left / 2
+        margins = {"left": left / width, "right": 1 - 0.2 / width, "bottom": bottom / height, "top": 1 - top / height}
+        figure.subplots_adjust(**margins, hspace=(bottom + 0.4) / panel_height, wspace=left / panel_width)
         yield axes
         with written_aside(path) as aside:
             figure.savefig(aside, dpi=140, format="png")
@@ -440,8 +469,10 @@ def picture(path: Path, panels: tuple[int, int], title: str, height: float = 4.0
 def draw_history(axes, rows: list[dict], column: str, label: str, scale: float = 1.0, **style) -> None:
     """One line over training steps: the mean over seeds, in a band from the lowest to the highest seed."""
     by_seed = [{int(r["step"]): float(r[column]) for r in run} for run in group(rows, "seed").values()]
-    steps = sorted(set.intersection(*map(set, by_seed)))  # those that every seed reached
-    values = scale * np.array([[run[step] for step in steps] for run in by_seed])
+    steps = sorted(set().union(*by_seed))  # a run that diverged ends early; the others go on
+    values = scale * np.ma.masked_invalid([[run.get(step, np.nan) for step in steps] for run in by_seed])
+    if values.mask.all():
+        return  # nothing finite to draw
     (line,) = axes.plot(steps, values.mean(0), label=label, **style)
     axes.fill_between(steps, values.min(0), values.max(0), alpha=0.2, color=line.get_color(), linewidth=0)
     axes.set_xlabel("training step")
@@ -458,15 +489,17 @@ def plot_curves(path: Path, rows: list[dict], title: str) -> None:
         draw_history(right, rows, "val_accuracy", "accuracy", 100)
         draw_history(right, rows, "val_macro_f1", "macro F1", 100, linestyle="--")
         right.set_ylabel("validation (%)")
-        floor = max(min(float(r["val_accuracy"]) for r in rows) * 100 - 0.5, 90.0)
-        if max(float(r["val_accuracy"]) for r in rows) > 0.95:
-            right.set_ylim(floor, 100)  # the last points are what matters
+        accuracies = [100 * float(r["val_accuracy"]) for r in rows]
+        if max(accuracies) > 95:
+            right.set_ylim(max(min(accuracies) - 0.5, 90), 100)  # the last points are what matters
         left.legend()
         right.legend(loc="lower right")
 
 
 def log_y(axes) -> None:
     """Make the y axis of a finished drawing logarithmic, its ticks plain numbers, even within a single decade."""
+    if not math.isfinite(axes.dataLim.minposy):
+        return  # nothing positive was drawn
     axes.set_yscale("log")
     axis = axes.yaxis
     low, high = axis.get_view_interval()
@@ -480,7 +513,8 @@ def plot_sweep(path: Path, rows: list[dict], history: list[dict], title: str, ax
     """A sweep: validation accuracy and macro F1 per value with error bars, and the loss of each value over its run."""
     values = group(rows, "value")
     n_seeds = len(group(rows, "seed"))
-    with picture(path, (1, 2), f"{title} (mean ± std, n = {n_seeds})") as (left, right):
+    long = sum(map(len, values)) > 40
+    with picture(path, (1, 2), f"{title} (mean ± std, n = {n_seeds})", bottom=1.2 if long else 0.6) as (left, right):
         positions = np.arange(len(values))
         series = (("accuracy", "100 − accuracy", -0.08), ("macro_f1", "100 − macro F1", 0.08))
         for (column, label, shift), marker in zip(series, MARKERS, strict=False):
@@ -488,7 +522,7 @@ def plot_sweep(path: Path, rows: list[dict], history: list[dict], title: str, ax
             errors = [100 * p.std if p.n > 1 else 0 for p in points]
             where = positions + shift
             left.errorbar(where, [100 - 100 * p.mean for p in points], errors, fmt=marker, capsize=4, label=label)
-        left.set_xticks(positions, values, rotation=30 if sum(map(len, values)) > 40 else 0)
+        left.set_xticks(positions, [textwrap.fill(value, 10) for value in values] if long else values, fontsize=9)
         left.set(xlabel=axis, ylabel="validation error (%)")
         log_y(left)
         left.legend()
@@ -499,7 +533,7 @@ def plot_sweep(path: Path, rows: list[dict], history: list[dict], title: str, ax
             draw_history(right, runs, "val_loss", value, color=colors[i], marker=marker, markersize=4, markevery=0.2)
         right.set_ylabel("validation loss (nats)")
         log_y(right)
-        right.legend(title=axis, fontsize=9, title_fontsize=9, ncols=2)
+        right.legend(title=axis, fontsize=9, title_fontsize=9, ncols=1 if long else 2)
 
 
 def plot_confusion(path: Path, matrix, class_names, title: str) -> None:
@@ -579,7 +613,8 @@ class Album:
             words = {column: rows[0][column] for column in ("symptom", "measured", "remedy")}
             lines.append([name, words["symptom"], words["measured"], broken, words["remedy"], mended, n])
         header = ["fault", "symptom", "measured", "broken", "remedy", "mended", "n"]
-        self.text += ["", "## Faults: provoked, measured, mended", "", markdown(header, lines)]
+        self.text += ["", "## Faults: provoked, measured, mended", "", markdown(header, lines), ""]
+        self.text += ["Solid: the loss that is minimised. Dashed: the validation images' cross-entropy, of the logits."]
         self.add("faults", plot_faults, self.history["faults"], list(faults))
 
     def lines(self, table: str, fault: str, x: str, y: str, ylabel: str) -> None:
@@ -613,10 +648,12 @@ class Album:
 
 
 def plot_faults(path: Path, history: list[dict], names: list[str]) -> None:
-    """One panel a fault: training loss (solid) and validation loss (dashed) of the broken and the mended run."""
+    """One panel a fault, broken and mended: the loss that is minimised, and the validation logits' cross-entropy."""
     runs = group(history, "value")
     height = -(-len(names) // 2)
-    with picture(path, (height, 2), "What goes wrong in training, and what mends it", height=3.6 * height) as axes:
+    with picture(
+        path, (height, 2), "What goes wrong in training, and what mends it", height=3.6 * height, left=1.0, top=0.8
+    ) as axes:
         for panel, name in zip(axes.flat, names, strict=False):
             for variant, color in zip(("broken", "mended"), COLORS[1::-1], strict=True):
                 rows = runs[f"{name}: {variant}"]
@@ -624,7 +661,8 @@ def plot_faults(path: Path, history: list[dict], names: list[str]) -> None:
                 draw_history(panel, rows, "val_loss", f"{variant}, validation", color=color, linestyle="--")
                 lost = [int(r["step"]) for r in rows if not math.isfinite(float(r["train_loss"]))]
                 if lost:
-                    panel.axvline(min(lost), color=color, linestyle=":", label=f"not finite at step {min(lost)}")
+                    words = f"{len(lost)} of {len(group(rows, 'seed'))} not finite from step {min(lost)}"
+                    panel.axvline(min(lost), color=color, linestyle=":", label=words)
             panel.set(title=name, ylabel="loss (nats)")
             log_y(panel)
             panel.legend(fontsize=9)
@@ -634,13 +672,15 @@ def plot_bars(path: Path, rows: list[dict], title: str) -> None:
     """A panel for each group of benchmark rows: every rate in units of the group's first."""
     groups = group(rows, "group")
     height = -(-len(groups) // 2)
-    with picture(path, (height, 2), title, height=2.5 * height) as axes:
+    with picture(path, (height, 2), title, height=2.4 * height, left=1.9, top=0.8) as axes:
         for panel, (name, found) in zip(axes.flat, groups.items(), strict=False):
             ratios = [float(r["ratio"]) for r in found]
             bars = panel.barh([r["name"] for r in found], ratios, color=COLORS)
             panel.bar_label(bars, fmt="%.2f", padding=3)
             panel.set(title=name, xlabel=f"{name.split(',')[0]}, {found[0]['name']} = 1", xlim=(0, 1.2 * max(ratios)))
             panel.invert_yaxis()
+        for panel in axes.flat[len(groups) :]:
+            panel.remove()
 
 
 def plot_lines(path: Path, rows: list[dict], x: str, y: str, ylabel: str) -> None:
@@ -660,6 +700,7 @@ class DataError(Exception):
     """A data set is missing, damaged, or another one than expected."""
 
 
+@functools.cache
 def read_images(name: str, folder: Path, mean: float, std: float) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Training and test part of torchvision's data set `name`: images (N, 28, 28) uint8 and labels (N,) int64.
 
@@ -683,7 +724,7 @@ def read_images(name: str, folder: Path, mean: float, std: float) -> list[tuple[
         pixels = parts[0][0].float() / 255
     except (OSError, RuntimeError, ValueError, AssertionError) as error:
         remedy = f"put the four archives of {name} there, and delete the unpacked *-ubyte files"
-        raise DataError(f"no readable {name} in {raw} ({error}): {remedy}") from error
+        raise DataError(f"no readable {name} in {raw} ({' '.join(str(error).split())}): {remedy}") from error
     found = (len(pixels), round(pixels.mean().item(), 4), round(pixels.std().item(), 4))
     if found != (60_000, mean, std):
         remedy = "delete the unpacked *-ubyte files there"
@@ -702,8 +743,8 @@ def interleaved(works: dict[tuple[str, str], tuple[float, object]], repeats: int
         for key, (_, work) in works.items():
             start = time.perf_counter()
             work()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            if device.type != "cpu":
+                torch.accelerator.synchronize()
             seconds[key].append(time.perf_counter() - start)
     rows: list[dict] = []
     for (name_of_group, name), (amount, _) in works.items():
@@ -744,25 +785,32 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse_command_line(
-    argv: list[str] | None, doc: str, stage: str, jobs: Iterable[str], sweeps: dict, config_type: type, choices: dict
+    argv: list[str] | None, script: str, doc: str, jobs: Iterable[str], sweeps: dict, config_type: type, choices: dict
 ) -> tuple[argparse.Namespace, dict]:
     """The command line that the stages share: the job's flags, and the Config fields that the user gave.
 
     Every field of config_type is a flag: its type that of its default, a tuple any number of whole numbers. A flag or
     value that is off, or that config_type refuses with a ValueError, is one line on stderr and exit status 2.
     """
-    parser = _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a console without Chinese letters still shows the rest
+    script, stage = Path(script).name, Path(script).name.split("_")[0]
+    parser = _Parser(
+        prog=script, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     whats = ["all", *jobs, "benchmark", "plot"]
     parser.add_argument("what", nargs="?", default="all", choices=whats, metavar="WHAT", help=", ".join(whats))
     parser.add_argument("--seeds", type=int, help="runs of every Config, each with the next seed")
     parser.add_argument("--only", nargs="+", choices=sweeps, metavar="SWEEP", help=f"of {', '.join(sweeps)}")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     parser.add_argument("--data-dir", type=Path, default=HERE / "data")
-    parser.add_argument("--figures-dir", type=Path, help="results go to its folder of the stage (default: figures)")
+    parser.add_argument("--figures-dir", type=Path, help=f"results go to its folder {stage} (default: figures)")
     parser.add_argument("--resume", action="store_true", help="go on with the same job where it was interrupted")
     parser.add_argument("--smoke", action="store_true", help="a tiny run of everything, into a temporary folder")
     parser.add_argument("--quiet", action="store_true", help="no progress, only the results and the paths")
-    knobs = parser.add_argument_group("Config", "each sets the field of this name in every run")
+    knobs = parser.add_argument_group(
+        "Config", "each sets the field of this name, except where a sweep or fault sets it"
+    )
     for field in dataclasses.fields(config_type):
         kind = type(field.default)
         how = {bool: {"action": argparse.BooleanOptionalAction}, tuple: {"type": int, "nargs": "*"}}
@@ -780,7 +828,7 @@ def parse_command_line(
         given.setdefault("steps", 0)  # a job's own number of steps gives way to the user's epochs
     if args.only and args.what not in ("all", "sweep"):
         parser.error(f"--only {' '.join(args.only)}: belongs to sweep, not to {args.what}")
-    args.only = args.only or list(sweeps)
+    args.only = list(dict.fromkeys(args.only or sweeps))
     if args.seeds is not None and args.seeds < 1:
         parser.error(f"--seeds must be at least 1, not {args.seeds}")
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -788,7 +836,19 @@ def parse_command_line(
         args.device = next(name for name in present if present[name])
     if not present[args.device]:
         parser.error(f"--device {args.device}: torch finds none on this machine")
-    script = Path(sys.modules[config_type.__module__].__file__).name
-    args.command = " ".join(["python", script, *(sys.argv[1:] if argv is None else argv)])
-    args.figures = (args.figures_dir or (Path(tempfile.mkdtemp()) if args.smoke else HERE / "figures")) / stage
+    words = sys.argv[1:] if argv is None else list(argv)
+    if args.smoke and not args.figures_dir:
+        args.figures_dir = Path(tempfile.mkdtemp())
+        words += ["--figures-dir", str(args.figures_dir)]
+    args.command = shlex.join(["python", script, *words])
+    args.figures = (args.figures_dir or HERE / "figures") / stage
     return args, given
+
+
+def interrupted(args: argparse.Namespace) -> int:
+    """Say what is saved after Ctrl-C, and how to go on; the exit status."""
+    how = args.command + ("" if args.resume else " --resume")
+    if not any(args.figures.glob("*.unfinished.jsonl")):  # every row is published, only pictures are missing
+        how = shlex.join([*shlex.split(args.command)[:2], "plot", "--figures-dir", str(args.figures.parent)])
+    print(f"interrupted; what has ended is saved in {args.figures}, go on with: {how}", file=sys.stderr)
+    return 130

@@ -30,7 +30,6 @@ import metrics
 
 # -------- 2. Config --------------------------------------------------------------------------------------------------
 
-STAGE = "stage1"
 N_TRAIN, N_VAL = 55_000, 5_000  # of MNIST's 60,000 training images; its 10,000 test images stay whole
 OPTIMIZERS = {  # class and its arguments; fused is one pass over all parameters a step
     "sgd": (torch.optim.SGD, {"fused": True}),
@@ -48,9 +47,10 @@ CHOICES = {
 }
 LIMITS = {  # each value is at least the first and less than the second
     **dict.fromkeys(("hidden", "batch_size", "epochs", "n_logs"), (1, math.inf)),
-    **dict.fromkeys(("deform", "weight_decay", "clip", "steps", "seed"), (0, math.inf)),
+    **dict.fromkeys(("deform", "weight_decay", "clip", "steps"), (0, math.inf)),
     **dict.fromkeys(("dropout", "label_smoothing", "warmup"), (0, 1)),
     "n_train": (1, N_TRAIN + 1),
+    "seed": (0, 2**32),
     "lr": (1e-12, math.inf),
 }
 
@@ -63,7 +63,7 @@ class Config:
     dropout: float = 0.0  # share of hidden values zeroed while training
     normalise: bool = True  # pixels to mean 0, std 1; otherwise as stored, 0 … 255
     deform: float = 0.0  # strength of the random image deformation: 0 none, 1 full
-    loss: str = "cross_entropy"  # the other two are there to go wrong
+    loss: str = "cross_entropy"  # the other two are there to go wrong; naive knows no label smoothing
     label_smoothing: float = 0.1  # share of the target that is spread evenly over all classes
     optimizer: str = "adamw"
     lr: float = 3e-3  # the highest learning rate of the schedule
@@ -179,9 +179,9 @@ def deform(images: Tensor, strength: float = 1.0) -> Tensor:
     weight[:, :, :2, :2] = torch.stack(x_from + y_from, 1).view(B, 2, 2, 2)
     weight[:, :, 2:, 2:] = torch.randn(B, 2, 10, 10, device=device) * (1.2 * strength / half)
     grid = (weight @ basis.mT).mT @ basis.mT  # (B, 2, x 28, y 28)
-    # an image's edge is background, so what comes in from outside is background too
-    images = images.view(B, 1, 28, 28)
-    return F.grid_sample(images, grid.permute(0, 3, 2, 1), padding_mode="border", align_corners=True).view(B, 784)
+    # an image's edge is background, so whatever lies outside is read from the edge
+    grid = grid.permute(0, 3, 2, 1).clamp(-1, 1)
+    return F.grid_sample(images.view(B, 1, 28, 28), grid, align_corners=True).view(B, 784)
 
 
 # -------- 4. Model ---------------------------------------------------------------------------------------------------
@@ -299,7 +299,7 @@ def evaluate(model: nn.Module, split: Split) -> dict:
     model.train(was_training)
     matrix = metrics.confusion_matrix(logits.argmax(1), split.labels, logits.shape[1])
     loss = cross_entropy(logits, split.labels).item()
-    return {"loss": loss, **metrics.scores(matrix), "confusion": matrix}
+    return {**metrics.scores(matrix), "loss": loss, "confusion": matrix}
 
 
 def build(config: Config, device: torch.device) -> MLP:
@@ -355,15 +355,17 @@ def train(config: Config, data: Data, bar: tqdm | None = None) -> tuple[MLP, lis
         loss = loss_function(model(x), y, config.label_smoothing)
         optimizer.zero_grad()
         loss.backward()
-        if config.clip or step in logged:
-            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip or math.inf)
+        if config.clip:
+            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        elif step in logged:
+            grad_norm = nn.utils.get_total_norm([p.grad for p in model.parameters()])
         optimizer.step()
         schedule.step()
         loss_sum += loss.detach()
 
         if step in logged:
             val = evaluate(model, data.val)
-            row = {"step": step, "epoch": step * config.batch_size / config.n_train}
+            row = {"step": step, "epoch": step / math.ceil(config.n_train / config.batch_size)}
             row |= {"train_loss": loss_sum.item() / (step - since), "val_loss": val["loss"]}
             row |= {"val_accuracy": val["accuracy"], "val_macro_f1": val["macro_f1"]}
             row |= {"grad_norm": grad_norm.item(), "seconds": time.perf_counter() - start}
@@ -389,15 +391,16 @@ class Run(NamedTuple):
 
 
 def plan(job: str, small: dict, given: dict, only: list[str], n_seeds: int | None) -> list[Run]:
-    """The runs of a job, each with every seed: its base Config, made smaller for a smoke run, under the user's flags."""
+    """The runs of a job, each with every seed: its base Config, smaller in a smoke run, under the user's flags."""
     changes, seeds = JOBS[job]
     base = Config(**(changes | small | given))
     if job == "sweep":
         pairs = [(name, change) for name in only for change in SWEEPS[name][: 2 if small else None]]
         runs = [Run(name, metrics.label(change, SWEEPS[name]), replace(base, **change)) for name, change in pairs]
     elif job == "faults":
-        pairs = [(f"{fault.name}: {v}", getattr(fault, v)) for fault in FAULTS for v in ("broken", "mended")]
-        runs = [Run(job, value, replace(base, **(change | small))) for value, change in pairs]
+        pairs = [(f"{name}: {v}", getattr(fault, v)) for name, fault in FAULTS.items() for v in ("broken", "mended")]
+        smaller = {field: getattr(base, field) for field in small}
+        runs = [Run(job, value, replace(base, **(change | smaller))) for value, change in pairs]
     else:
         runs = [Run("baseline" if job == "train" else job, "", base)]
     seeds = range(base.seed, base.seed + (n_seeds or (min(2, seeds) if small else seeds)))
@@ -417,14 +420,14 @@ def execute(run: Run, data: Data, bar: tqdm) -> dict[str, list[dict]]:
     if run.experiment in ("baseline", "deformed"):
         test = evaluate(model, data.test)
         tables["confusion"] = [name | cell for cell in metrics.cells(test.pop("confusion"))]
-        tables["test_metrics"] = [name | test]
-    for fault in FAULTS:
-        if run.value.startswith(f"{fault.name}: "):
-            name |= {"fault": fault.name, "variant": run.value.removeprefix(f"{fault.name}: ")}
-            number, by_layer = fault.measure(model, history, run.config, data), layer_gradients(run.config, data)
-            line = {"symptom": fault.symptom, "measured": fault.measured, "remedy": fault.remedy, "number": number}
-            tables["faults"] = [name | line | {"status": row["status"]}]
-            tables["gradients"] = [name | {"layer": i, "grad_norm": norm} for i, norm in enumerate(by_layer, 1)]
+        tables["test_metrics"] = [{"experiment": run.experiment, "seed": run.config.seed} | test]
+    if run.experiment == "faults":
+        fault, variant = run.value.split(": ")
+        name |= {"fault": fault, "variant": variant}
+        words = {column: getattr(FAULTS[fault], column) for column in ("symptom", "measured", "remedy")}
+        number, by_layer = FAULTS[fault].measure(model, history, run.config, data), layer_gradients(run.config, data)
+        tables["faults"] = [name | words | {"number": number, "status": row["status"]}]
+        tables["gradients"] = [name | {"layer": i, "grad_norm": norm} for i, norm in enumerate(by_layer, 1)]
     return tables
 
 
@@ -434,7 +437,6 @@ def sweep(runs: list[Run], load: Callable[[Config], Data], journal: metrics.Jour
         for i, run in enumerate(runs, 1):
             data, begun = load(run.config), bar.n
             key = {"experiment": run.experiment, "value": run.value, **asdict(run.config)}
-            key |= {"device": data.train.images.device.type, "threads": torch.get_num_threads()}
             tables = journal.run(key, lambda run=run, data=data: execute(run, data, bar))
             bar.update(run.config.n_steps - (bar.n - begun))  # all of them, even where it diverged or was found
             if not quiet:
@@ -457,15 +459,14 @@ def generalisation_gap(model: MLP, history: list[dict], config: Config, data: Da
 
 @torch.no_grad()
 def dead_share(model: MLP, history: list[dict], config: Config, data: Data) -> float:
-    """Percent of the hidden neurons that are 0 for every validation image: no gradient reaches them ever again."""
-    hidden = torch.cat(model.eval().activations(data.val.images)[1:-1], 1)  # (N, sum of D)
-    return 100 * (hidden == 0).all(0).double().mean().item()
+    """Percent of the hidden neurons that are 0 for every validation image: such an image sends no gradient through."""
+    dead = [(values == 0).all(0) for values in model.eval().activations(data.val.images)[1:-1]]  # of each layer, (D,)
+    return 100 * torch.cat(dead).float().mean().item() if dead else math.nan
 
 
 class Fault(NamedTuple):
     """Something that goes wrong in training: its sign, the Config that provokes it, and the Config that mends it."""
 
-    name: str
     symptom: str
     measured: str  # the number that shows it, with its unit
     measure: Callable[[MLP, list[dict], Config, Data], float]
@@ -476,40 +477,36 @@ class Fault(NamedTuple):
 
 ACCURACY = ("validation accuracy (%)", lambda model, history, *_: 100 * history[-1]["val_accuracy"])
 # fmt: off
-FAULTS = [
-    Fault("learning rate too high", "the loss grows until it is no number", *ACCURACY,
-          {"optimizer": "sgd", "lr": 30.0}, "learning rate / 100", {"optimizer": "sgd", "lr": 0.3}),
-    Fault("all-zero weights", "a layer's neurons stay alike: only output biases learn", "different neurons in layer 1",
-          lambda model, *_: len(model.layers[0].weight.detach().unique(dim=0)),
-          {"init": "zeros"}, "random weights (Kaiming)", {"init": "kaiming"}),
-    Fault("sigmoid in a deep net", "the gradient vanishes on its way down", "first gradient norm, first layer / last",
-          lambda model, history, config, data: (norms := layer_gradients(config, data))[0] / norms[-1],
-          {"hidden": (128,) * 6, "activation": "sigmoid", "init": "default"}, "ReLU, Kaiming's weights",
-          {"hidden": (128,) * 6, "activation": "relu", "init": "kaiming"}),
-    Fault("softmax before cross-entropy", "stays above ln(1 + 9/e) = 1.4612", "training loss at the end (nats)",
-          lambda model, history, *_: history[-1]["train_loss"],
-          {"loss": "softmax_twice"}, "logits into the loss", {"loss": "cross_entropy"}),
-    Fault("overfitting on 1,000 images", "right on what it saw", "training minus validation accuracy (points)",
-          generalisation_gap, {"n_train": 1000, "steps": 1500}, "images deformed anew each step",
-          {"n_train": 1000, "steps": 1500, "deform": 1.0}),
-    Fault("dead ReLUs", "huge first updates: neurons never fire again", "neurons dead on all validation images (%)",
-          dead_share, {"optimizer": "adam", "lr": 0.1, "warmup": 0.0}, "lower rate and warm-up", {"optimizer": "adam"}),
-    Fault("inputs not normalised", "pixels of 0 … 255 make every step too long", *ACCURACY,
-          {"optimizer": "sgd", "lr": 0.3, "normalise": False}, "pixels to mean 0, std 1",
-          {"optimizer": "sgd", "lr": 0.3, "normalise": True}),
-    Fault("-log(softmax) overflows", "exp(z) is infinite from z = 89 on", *ACCURACY,
-          {"loss": "naive", "normalise": False}, "log-sum-exp, on the same inputs",
-          {"loss": "cross_entropy", "normalise": False}),
-]
+FAULTS = {
+    "learning rate too high": Fault("the loss grows until it is no number", *ACCURACY,
+        {"optimizer": "sgd", "lr": 30.0}, "learning rate / 100", {"optimizer": "sgd", "lr": 0.3}),
+    "all-zero weights": Fault("a layer's neurons stay alike: only output biases learn", "different neurons in layer 1",
+        lambda model, *_: len(model.layers[0].weight.detach().unique(dim=0)),
+        {"init": "zeros"}, "random weights (Kaiming)", {"init": "kaiming"}),
+    "sigmoid in a deep net": Fault("the gradient vanishes on its way down", "first gradient norm, first layer / last",
+        lambda model, history, config, data: (norms := layer_gradients(config, data))[0] / norms[-1],
+        {"hidden": (128,) * 6, "activation": "sigmoid", "init": "default"}, "ReLU, Kaiming's weights",
+        {"hidden": (128,) * 6, "activation": "relu", "init": "kaiming"}),
+    "softmax before cross-entropy": Fault("stays above ln(1 + 9/e) = 1.4612", "training loss at the end (nats)",
+        lambda model, history, *_: history[-1]["train_loss"],
+        {"loss": "softmax_twice"}, "logits into the loss", {"loss": "cross_entropy"}),
+    "overfitting on 1,000 images": Fault("right on what it saw", "training minus validation accuracy (points)",
+        generalisation_gap, {"n_train": 1000, "steps": 1500}, "images deformed anew each step",
+        {"n_train": 1000, "steps": 1500, "deform": 1.0}),
+    "dead ReLUs": Fault("huge first updates: neurons never fire again", "neurons dead on all validation images (%)",
+        dead_share, {"optimizer": "adam", "lr": 0.1, "warmup": 0.0}, "lower rate and warm-up", {"optimizer": "adam"}),
+    "inputs not normalised": Fault("pixels of 0 … 255 make every step too long", *ACCURACY,
+        {"optimizer": "sgd", "lr": 0.3, "normalise": False}, "pixels to mean 0, std 1",
+        {"optimizer": "sgd", "lr": 0.3, "normalise": True}),
+    "-log(softmax) overflows": Fault("exp(z) is infinite from z = 89 on", *ACCURACY,
+        {"loss": "naive", "normalise": False}, "log-sum-exp, on the same inputs",
+        {"loss": "cross_entropy", "normalise": False}),
+}
 # fmt: on
 
 
-def dataloader_epoch(config: Config, data_dir: Path, device: torch.device, workers: int) -> None:
-    """The epoch a user would otherwise write: torchvision transforms, a DataLoader, torch's own loss and defaults."""
-    from torchvision import datasets, transforms
-
-    transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((MEAN,), (STD,))])
-    images = torch.utils.data.Subset(datasets.MNIST(str(data_dir), transform=transform), range(config.n_train))
+def dataloader_epoch(config: Config, images: torch.utils.data.Dataset, device: torch.device, workers: int) -> None:
+    """The epoch a user would otherwise write: a DataLoader over torchvision's images, torch's own loss and defaults."""
     model, criterion = build(config, device), nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
     optimizer = torch.optim.AdamW(model.parameters(), config.lr, weight_decay=config.weight_decay)
     for x, y in torch.utils.data.DataLoader(images, config.batch_size, shuffle=True, num_workers=workers):
@@ -524,25 +521,29 @@ def benchmark(config: Config, data: Data, data_dir: Path, repeats: int) -> list[
 
     Of a training step only the matrix products count: forward, gradients of the weights, and of the hidden layers.
     """
+    from torchvision import datasets, transforms
+
     device = data.train.images.device
     few = data._replace(val=Split(*(part[:10] for part in data.val)))  # the evaluation at the end takes no time
     n_steps = config.steps or 100
     epoch = replace(config, epochs=1, steps=0, n_logs=1, n_train=min(config.n_train, 11_000))  # a fifth of the images
     works: dict[tuple[str, str], tuple[float, Callable]] = {}  # (group, name) -> (how much work, doing it)
+    transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((MEAN,), (STD,))])
+    images = torch.utils.data.Subset(datasets.MNIST(str(data_dir), transform=transform), range(epoch.n_train))
     for n in (0, 2):
-        work = functools.partial(dataloader_epoch, epoch, data_dir, device, n)
+        work = functools.partial(dataloader_epoch, epoch, images, device, n)
         works["images/s", f"DataLoader, {n} workers"] = (epoch.n_train, work)
     works["images/s", "ours"] = (epoch.n_train, functools.partial(train, epoch, few))
     square = torch.randn(1024, 1024, device=device)
     layers = list(itertools.pairwise((784, *config.hidden, 10)))
-    for B in (128, 512, 2048):
+    for B in sorted({min(B, config.n_train) for B in (128, 512, 2048)}):
         shapes = [(B, a, b) for a, b in layers] + [(b, B, a) for a, b in layers] + [(B, b, a) for a, b in layers[1:]]
         pairs = [(torch.randn(m, k, device=device), torch.randn(k, n, device=device)) for m, k, n in shapes]
         gflop = n_steps * sum(2 * m * k * n for m, k, n in shapes) / 1e9
         group, steps = f"GFLOP/s, batch {B}", replace(config, steps=n_steps, n_logs=1, batch_size=B)
-        works[group, "1024 × 1024 product"] = (20 * 1.024**3, lambda: [square @ square for _ in range(10)])
-        works[group, "its products"] = (gflop, lambda p=pairs: [x @ y for _ in range(n_steps) for x, y in p])
-        works[group, "training"] = (gflop, functools.partial(train, steps, few))
+        works[group, "1024 × 1024 product"] = (10 * 1.024**3, lambda: [square @ square for _ in range(5)])
+        works[group, "a step's products"] = (gflop, lambda p=pairs: [x @ y for _ in range(n_steps) for x, y in p])
+        works[group, "a training step"] = (gflop, functools.partial(train, steps, few))
     return metrics.interleaved(works | metrics.report_works(), repeats, device)
 
 
@@ -564,29 +565,28 @@ def plot(figures: Path) -> list[Path]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args, given = metrics.parse_command_line(argv, __doc__, STAGE, JOBS, SWEEPS, Config, CHOICES)
+    args, given = metrics.parse_command_line(argv, __file__, __doc__, JOBS, SWEEPS, Config, CHOICES)
     device, small = torch.device(args.device), SMOKE if args.smoke else {}
-    jobs = {"all": ["train", "sweep", "faults"], "benchmark": [], "plot": []}.get(args.what, [args.what])
-    if args.what == "all":
-        jobs += ["deformed"] if args.smoke else []
-        print("everything but the deformed run: about 5 minutes on 2 CPU cores")
+    every = ["train", "sweep", "faults", *(["deformed"] if args.smoke else [])]
+    jobs = {"all": every, "benchmark": [], "plot": []}.get(args.what, [args.what])
+    if args.what == "all" and not (args.smoke or args.quiet):
+        print("all but the deformed run: about 5 minutes on 2 CPU cores, with one seed a sweep")
     load = functools.cache(lambda normalise: load_data(Config(normalise=normalise), device, args.data_dir))
     try:
         if args.what != "plot":
             load(True)  # what is wrong with the data is said before anything is trained
-            environment = metrics.environment(args.command, device)  # of the code that starts, not of a later edit
-            journal = metrics.Journal(args.figures, args.what, args.resume)
+            environment = metrics.environment(args.command, device)
+            journal = metrics.Journal(args.figures, args.what, environment, args.resume)
             runs = [run for job in jobs for run in plan(job, small, given, args.only, args.seeds)]
             sweep(runs, lambda config: load(config.normalise), journal, args.quiet)
             if args.what in ("all", "benchmark"):
                 config, repeats = Config(**(small | given)), 1 if args.smoke else 3
                 work = functools.partial(benchmark, config, load(True), args.data_dir, repeats)
-                journal.run({"benchmark": str(config), "device": args.device}, lambda: {"benchmark": work()})
-            journal.publish(environment)
+                journal.run({"benchmark": str(config)}, lambda: {"benchmark": work()})
+            journal.publish()
         paths = plot(args.figures)
     except KeyboardInterrupt:
-        print(f"interrupted; what has ended is in {args.figures}, go on with: {args.command} --resume", file=sys.stderr)
-        return 130
+        return metrics.interrupted(args)
     except (metrics.DataError, OSError) as error:
         print(f"{Path(__file__).name}: {error}", file=sys.stderr)
         return 1

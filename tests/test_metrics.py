@@ -160,6 +160,8 @@ def test_report_holds_every_number():
 
 # ---- rows ----
 
+HERE = {"commit": "abc", "torch": "2", "device": "cpu", "threads": 2}
+
 
 def run_of(experiment, seed, accuracy=0.5):
     return {"runs": [{"experiment": experiment, "seed": seed, "val_accuracy": accuracy}]}
@@ -171,13 +173,13 @@ def published(folder):
 
 
 def test_a_job_replaces_its_own_experiments_alone(tmp_path):
-    first = metrics.Journal(tmp_path, "sweep")
+    first = metrics.Journal(tmp_path, "sweep", {"command": "first"})
     first.run({"n": 1}, lambda: run_of("depth", 0, 0.1))
     first.run({"n": 2}, lambda: run_of("width", 0, 0.2))
-    first.publish({"command": "first"})
-    second = metrics.Journal(tmp_path, "sweep")
+    first.publish()
+    second = metrics.Journal(tmp_path, "sweep", {"command": "second"})
     second.run({"n": 3}, lambda: run_of("depth", 7, 1 / 3))
-    second.publish({"command": "second"})
+    second.publish()
     rows = [(r["experiment"], r["seed"], r["val_accuracy"]) for r in published(tmp_path)]
     assert rows == [("width", "0", "0.2"), ("depth", "7", "0.333333")]
     commands = json.loads((tmp_path / "environment.json").read_text())
@@ -186,26 +188,57 @@ def test_a_job_replaces_its_own_experiments_alone(tmp_path):
 
 
 def test_resume_goes_on_after_a_torn_line(tmp_path):
-    journal = metrics.Journal(tmp_path, "train")
+    journal = metrics.Journal(tmp_path, "train", HERE)
     journal.run({"seed": 0}, lambda: run_of("baseline", 0))
     with open(journal.path, "a") as file:
         file.write('{"key": "half a li')  # the process dies in mid-write
     assert not (tmp_path / "runs.csv").exists()
 
-    again = metrics.Journal(tmp_path, "train", resume=True)
+    again = metrics.Journal(tmp_path, "train", HERE, resume=True)
     again.run({"seed": 0}, lambda: pytest.fail("a finished run was repeated"))
     again.run({"seed": 1}, lambda: run_of("baseline", 1))
-    third = metrics.Journal(tmp_path, "train", resume=True)  # what follows the torn line is whole again
+    third = metrics.Journal(tmp_path, "train", HERE, resume=True)  # what follows the torn line is whole again
     for seed in (0, 1):
         third.run({"seed": seed}, lambda: pytest.fail("a finished run was repeated"))
-    third.publish({})
+    third.publish()
     assert [r["seed"] for r in published(tmp_path)] == ["0", "1"]
 
 
-def test_an_unfinished_job_is_never_thrown_away(tmp_path):
-    metrics.Journal(tmp_path, "train").run({"seed": 0}, lambda: run_of("baseline", 0))
-    metrics.Journal(tmp_path, "train").run({"seed": 1}, lambda: run_of("baseline", 1))
-    assert '"seed": 0' in (tmp_path / "train.unfinished.jsonl.bak").read_text()
+def test_an_unfinished_job_is_never_thrown_away(tmp_path, capsys):
+    for seed in range(3):
+        metrics.Journal(tmp_path, "train", HERE).run({"seed": seed}, lambda seed=seed: run_of("baseline", seed))
+    for seed in range(2):
+        assert f'"seed": {seed}' in (tmp_path / f"train.unfinished.jsonl.{seed + 1}.bak").read_text()
+    assert "set aside as" in capsys.readouterr().err
+
+
+def test_runs_that_a_resumed_job_does_not_ask_for_stay_in_the_journal(tmp_path):
+    journal = metrics.Journal(tmp_path, "sweep", HERE)
+    journal.run({"seed": 0}, lambda: run_of("depth", 0))
+    journal.run({"seed": 1}, lambda: run_of("depth", 1))
+    other = metrics.Journal(tmp_path, "sweep", HERE, resume=True)
+    other.run({"seed": 1}, lambda: pytest.fail("a finished run was repeated"))
+    other.publish()
+    assert [r["seed"] for r in published(tmp_path)] == ["1"]
+    last = metrics.Journal(tmp_path, "sweep", HERE, resume=True)
+    last.run({"seed": 0}, lambda: pytest.fail("a finished run was repeated"))
+    last.publish()
+    assert not last.path.exists()
+
+
+@pytest.mark.parametrize("part", ["commit", "torch", "device", "threads"])
+def test_rows_of_another_code_or_machine_are_not_taken_up(tmp_path, part):
+    metrics.Journal(tmp_path, "train", HERE).run({"seed": 0}, lambda: run_of("baseline", 0, 0.1))
+    again = metrics.Journal(tmp_path, "train", HERE | {part: "other"}, resume=True)
+    assert again.run({"seed": 0}, lambda: run_of("baseline", 0, 0.2))["runs"][0]["val_accuracy"] == 0.2
+
+
+def test_a_run_asked_for_twice_counts_once(tmp_path):
+    journal = metrics.Journal(tmp_path, "sweep", HERE)
+    for _ in range(2):
+        journal.run({"seed": 0}, lambda: run_of("depth", 0))
+    journal.publish()
+    assert len(published(tmp_path)) == 1
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
@@ -219,13 +252,13 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
 
 def test_a_failed_publish_changes_no_table(tmp_path):
-    old = metrics.Journal(tmp_path, "train")
+    old = metrics.Journal(tmp_path, "train", HERE)
     old.run({}, lambda: run_of("baseline", 0))
-    old.publish({})
-    new = metrics.Journal(tmp_path, "train")
+    old.publish()
+    new = metrics.Journal(tmp_path, "train", HERE | {"not JSON": object()})
     new.run({}, lambda: run_of("baseline", 1))
     with pytest.raises(TypeError):
-        new.publish({"not JSON": object()})
+        new.publish()
     assert [r["seed"] for r in published(tmp_path)] == ["0"]
     assert new.path.exists()
 
@@ -270,3 +303,45 @@ def test_rates_are_amount_over_time(monkeypatch):
     assert (slow["seconds"], fast["seconds"]) == (2, 6)
     assert (slow["rate"], slow["ratio"]) == (5, 1)
     assert (fast["rate"], fast["ratio"]) == (5, 1)
+
+
+# ---- pictures ----
+
+
+def history_of(value, seed, losses):
+    return [
+        {"value": value, "seed": str(seed), "step": str(10 * i), "train_loss": str(loss), "val_loss": str(loss)}
+        | {"val_accuracy": "0.1", "val_macro_f1": "0.1"}
+        for i, loss in enumerate(losses, 1)
+    ]
+
+
+@pytest.mark.parametrize("n_lost", [1, 2])
+def test_pictures_of_runs_that_diverged_at_once(tmp_path, n_lost):
+    """Of two seeds, one or both have no finite loss at all."""
+    history = history_of("1", 0, ["nan"]) + history_of("1", 1, ["inf"] if n_lost == 2 else [2.0, 1.0])
+    rows = [{"value": "1", "seed": str(s), "val_accuracy": "0.1", "val_macro_f1": "0.1"} for s in range(2)]
+    metrics.plot_curves(tmp_path / "curves.png", history, "title")
+    metrics.plot_sweep(tmp_path / "sweep.png", rows, history, "title", "axis")
+    assert {path.name for path in tmp_path.iterdir()} == {"curves.png", "sweep.png"}
+
+
+def test_a_seed_that_diverged_does_not_hide_the_others():
+    axes = metrics.Figure().subplots()
+    metrics.draw_history(axes, history_of("1", 0, ["inf"]) + history_of("1", 1, [2.0, 1.0, 0.5]), "val_loss", "loss")
+    (line,) = axes.get_lines()
+    np.testing.assert_array_equal(line.get_xdata(), [10, 20, 30])
+    np.testing.assert_array_equal(line.get_ydata(), [2.0, 1.0, 0.5])
+
+
+@pytest.mark.parametrize(
+    ("changes", "labels"),
+    [
+        ([{"dropout": 0.1}, {"smoothing": 0.1}, {}], ["dropout 0.1", "smoothing 0.1", "nothing"]),
+        ([{"hidden": (256, 128)}, {"hidden": (256, 64)}, {"hidden": (256, 256)}], ["256-128", "256-64", "2×256"]),
+        ([{"clip": 1.0}], ["1.0"]),
+        ([{"hidden": ()}, {"hidden": (5,)}], ["0", "1×5"]),
+    ],
+)
+def test_labels_tell_values_apart(changes, labels):
+    assert [metrics.label(change, changes) for change in changes] == labels

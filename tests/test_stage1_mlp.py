@@ -300,6 +300,7 @@ def test_the_same_seed_gives_the_same_history(data):
         "seconds",
     ]
     assert [row["step"] for row in first] == [4, 8, 12]
+    assert [row["epoch"] for row in first] == [0.4, 0.8, 1.2]  # 300 images are 10 batches of 32 at most
 
 
 def test_clipping_bounds_the_update(data):
@@ -358,7 +359,7 @@ def test_a_sweeps_values_are_called_by_what_tells_them_apart():
     labels = {name: [metrics.label(c, changes) for c in changes] for name, changes in stage.SWEEPS.items()}
     assert labels["depth"] == ["0", "1×128", "2×128", "3×128", "4×128", "5×128"]
     assert labels["lr"][:2] == ["0.0001", "0.0003"]
-    assert labels["optimizer"][0] == "sgd lr 0.3"
+    assert labels["optimizer"][0] == "sgd, lr 0.3"
     assert labels["regularisation"][:3] == ["nothing", "weight decay 0.3", "dropout 0.2"]
     assert all(len(set(names)) == len(names) for names in labels.values())
 
@@ -462,7 +463,7 @@ def test_a_bad_flag_is_one_line_and_exit_2(flags, quoted, capsys):
 
 def test_the_users_epochs_win_over_a_jobs_steps():
     args, given = metrics.parse_command_line(
-        ["sweep", "--epochs", "2"], "", stage.STAGE, stage.JOBS, stage.SWEEPS, stage.Config, stage.CHOICES
+        ["sweep", "--epochs", "2"], stage.__file__, "", stage.JOBS, stage.SWEEPS, stage.Config, stage.CHOICES
     )
     runs = stage.plan("sweep", {}, given, ["depth"], None)
     assert {run.config.n_steps for run in runs} == {2 * math.ceil(55_000 / 128)}
