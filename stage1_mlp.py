@@ -167,9 +167,8 @@ def deform(images: Tensor, strength: float = 1.0) -> Tensor:
     B, device, half = len(images), images.device, 13.5  # grid_sample counts from -1 to 1: half an image is 13.5 pixels
     turn, wide, high, shear, right, down = strength * (2 * torch.rand(6, B, device=device) - 1)
     turn, wide, high = turn * math.radians(15), (0.15 * wide).exp(), (0.15 * high).exp()
-    none = torch.zeros(B, device=device)
-    x_from = [right * 1.5 / half, turn.cos() * wide, 0.15 * shear - turn.sin() * high, none]  # times 1, x, y, xy
-    y_from = [down * 1.5 / half, turn.sin() * wide, turn.cos() * high, none]
+    x_from = [right * 1.5 / half, turn.cos() * wide, 0.15 * shear - turn.sin() * high, 0 * turn]  # times 1, x, y, xy
+    y_from = [down * 1.5 / half, turn.sin() * wide, turn.cos() * high, 0 * turn]
     # where a pixel is read from: Σ_ij basis_i(y) weight_ij basis_j(x); the basis functions 1 and the coordinate itself
     # make the affine part, Gaussian bumps on every 4th pixel the elastic one
     pixel = torch.arange(28.0, device=device)[:, None]
@@ -368,8 +367,7 @@ def train(config: Config, data: Data, bar: tqdm | None = None) -> tuple[MLP, lis
             row = {"step": step, "epoch": step / math.ceil(config.n_train / config.batch_size)}
             row |= {"train_loss": loss_sum.item() / (step - since), "val_loss": val["loss"]}
             row |= {"val_accuracy": val["accuracy"], "val_macro_f1": val["macro_f1"]}
-            row |= {"grad_norm": grad_norm.item(), "seconds": time.perf_counter() - start}
-            history.append(row)
+            history.append(row | {"grad_norm": grad_norm.item(), "seconds": time.perf_counter() - start})
             if bar is not None:
                 bar.update(step - since)
             since = step
