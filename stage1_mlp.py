@@ -114,8 +114,8 @@ AXES = {
 JOBS: dict[str, tuple[dict, int]] = {
     "train": ({}, 5),
     "deformed": ({"deform": 1.0, "epochs": 120, "weight_decay": 0.05, "label_smoothing": 0.0}, 5),
-    "sweep": ({"steps": 800, "n_logs": 10}, 1),
-    "faults": ({"steps": 600, "n_logs": 20, "weight_decay": 0.0, "label_smoothing": 0.0}, 1),
+    "sweep": ({"steps": 600, "n_logs": 10}, 1),
+    "faults": ({"steps": 500, "n_logs": 20, "weight_decay": 0.0, "label_smoothing": 0.0}, 1),
 }
 SMOKE = {"hidden": (16, 12), "n_train": 640, "steps": 6, "n_logs": 2}
 
