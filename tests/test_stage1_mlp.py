@@ -537,14 +537,26 @@ def test_plot_without_rows_is_one_line(tmp_path, capsys):
 # ---- the prose ----
 
 
-@pytest.mark.parametrize("experiment", ["baseline", "deformed"])
-def test_the_numbers_in_the_prose_are_those_of_the_committed_rows(experiment):
-    jobs = json.loads((ROOT / "figures" / "stage1" / "environment.json").read_text(encoding="utf-8"))
+def quoted_rows(table, experiment):
+    """The committed rows of an experiment and the README; skips if a later run than the README's lies in figures/."""
+    folder = ROOT / "figures" / "stage1"
+    commit = json.loads((folder / "environment.json").read_text(encoding="utf-8"))[experiment]["commit"]
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    if jobs[experiment]["commit"] not in readme:
-        pytest.skip(f"figures/ holds a run of {jobs[experiment]['commit']}, which the README does not quote")
-    rows = [row for row in read(ROOT / "figures" / "stage1" / "test_metrics.csv") if row["experiment"] == experiment]
+    if f"`{commit}`" not in readme:
+        pytest.skip(f"figures/ holds a run of {commit}, which the README does not quote")
+    return [row for row in read(folder / f"{table}.csv") if row["experiment"] == experiment], readme
+
+
+@pytest.mark.parametrize("experiment", ["baseline", "deformed"])
+def test_the_scores_in_the_prose_are_those_of_the_committed_rows(experiment):
+    rows, readme = quoted_rows("test_metrics", experiment)
     assert len(rows) >= 5
     for column in ("accuracy", "macro_f1"):
         assert metrics.mean(row[column] for row in rows).percent() in readme
     assert metrics.mean(row["accuracy"] for row in rows).percent() in stage.__doc__
+
+
+@pytest.mark.parametrize("experiment", stage.AXES)
+def test_what_the_prose_says_of_a_sweep_is_what_its_rows_show(experiment):
+    rows, readme = quoted_rows("runs", experiment)
+    assert f": {metrics.finding(rows, stage.AXES[experiment])}" in readme
