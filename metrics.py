@@ -531,7 +531,8 @@ def plot_sweep(path: Path, rows: list[dict], history: list[dict], title: str, ax
         for i, (value, runs) in enumerate(curves.items()):
             marker = MARKERS[i % len(MARKERS)]
             draw_history(right, runs, "val_loss", value, color=colors[i], marker=marker, markersize=4, markevery=0.2)
-        right.set_ylabel("validation loss (nats)")
+        lengths = [max(int(r["step"]) for r in runs) for runs in curves.values()]
+        right.set(ylabel="validation loss (nats)", xscale="log" if max(lengths) > 10 * min(lengths) else "linear")
         log_y(right)
         right.legend(title=axis, fontsize=9, title_fontsize=9, ncols=1 if long else 2)
 
@@ -684,7 +685,7 @@ def plot_bars(path: Path, rows: list[dict], title: str) -> None:
 
 
 def plot_lines(path: Path, rows: list[dict], x: str, y: str, ylabel: str) -> None:
-    with picture(path, (1, 1), rows[0]["fault"], width=7.0) as axes:
+    with picture(path, (1, 1), rows[0]["fault"], width=7.0, left=1.1) as axes:
         for (variant, runs), color, marker in zip(group(rows, "variant").items(), COLORS[1::-1], "so", strict=False):
             points = {int(at): mean(r[y] for r in found).mean for at, found in group(runs, x).items()}
             axes.plot(list(points), list(points.values()), color=color, marker=marker, label=variant)

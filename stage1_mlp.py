@@ -554,7 +554,9 @@ def plot(figures: Path) -> list[Path]:
     album.selected(list("0123456789"))
     album.sweeps(AXES)
     album.faults()
-    album.lines("gradients", "sigmoid in a deep net", "layer", "grad_norm", "gradient norm of its weights at the start")
+    album.lines(
+        "gradients", "sigmoid in a deep net", "layer", "grad_norm", "norm of its weights' gradient at the start"
+    )
     album.benchmark()
     return album.close()
 
