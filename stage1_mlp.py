@@ -1,5 +1,7 @@
 """Stage 1: a multilayer perceptron (全连接网络) reads MNIST, and shows what depth, width and training time do to it.
 
+Test accuracy 98.61 ± 0.08 % after 15 epochs, 99.30 ± 0.07 % with deformed images: 5 seeds each, 2 CPU cores.
+
     python stage1_mlp.py                 everything but the long deformed run: train, sweep, faults, benchmark, pictures
     python stage1_mlp.py train           the 784-128-256-10 baseline, 5 seeds, with a report per class
     python stage1_mlp.py deformed        the same network on images deformed anew at every step
@@ -30,6 +32,7 @@ import metrics
 
 # -------- 2. Config --------------------------------------------------------------------------------------------------
 
+MEAN, STD = 0.1307, 0.3081  # of MNIST's training pixels scaled to 0 … 1
 N_TRAIN, N_VAL = 55_000, 5_000  # of MNIST's 60,000 training images; its 10,000 test images stay whole
 OPTIMIZERS = {  # class and its arguments; fused is one pass over all parameters a step
     "sgd": (torch.optim.SGD, {"fused": True}),
@@ -121,8 +124,6 @@ SMOKE = {"hidden": (16, 12), "n_train": 640, "steps": 6, "n_logs": 2}
 
 
 # -------- 3. Data ----------------------------------------------------------------------------------------------------
-
-MEAN, STD = 0.1307, 0.3081  # of MNIST's training pixels scaled to 0 … 1
 
 
 class Split(NamedTuple):
