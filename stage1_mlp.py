@@ -93,7 +93,7 @@ SWEEPS: dict[str, list[dict]] = {
     "depth": [{"hidden": (128,) * n} for n in range(6)],
     "width": [{"hidden": (n, n)} for n in (16, 32, 64, 128, 256, 512, 1024)],
     "steps": [{"steps": n} for n in (100, 300, 1000, 3000, 10_000)],
-    "lr": [{"lr": lr} for lr in (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 1.0)],
+    "lr": [{"lr": lr} for lr in (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 1.0, 10.0)],
     "batch_size": [{"batch_size": n} for n in (16, 32, 64, 128, 256, 512, 1024)],
     "activation": [{"activation": name} for name in CHOICES["activation"]],
     "optimizer": [  # each at a learning rate of its own; weight decay is AdamW's, elsewhere it would be an L2 penalty

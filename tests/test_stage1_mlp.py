@@ -560,3 +560,14 @@ def test_the_scores_in_the_prose_are_those_of_the_committed_rows(experiment):
 def test_what_the_prose_says_of_a_sweep_is_what_its_rows_show(experiment):
     rows, readme = quoted_rows("runs", experiment)
     assert f": {metrics.finding(rows, stage.AXES[experiment])}" in readme
+
+
+def test_the_speeds_in_the_prose_are_those_of_the_committed_rows():
+    rows, readme = quoted_rows("benchmark", "benchmark")
+    ratio = {(row["group"], row["name"]): float(row["ratio"]) for row in rows}
+    assert f"{ratio['images/s', 'ours']:.1f} times as fast as through `ToTensor`" in readme
+    report = ratio["reports/s, a million predictions", "our matrix and report"]
+    assert f"{report:.1f} times as fast as scikit-learn's confusion matrix" in readme
+    for batch_size in (128, 512, 2048):
+        share = ratio[f"GFLOP/s, batch {batch_size}", "a training step"]
+        assert f"{share:.2f} at batch {batch_size}" in readme
