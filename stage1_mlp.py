@@ -571,7 +571,7 @@ def main(argv: list[str] | None = None) -> int:
     every = ["train", "sweep", "faults", *(["deformed"] if args.smoke else [])]
     jobs = {"all": every, "benchmark": [], "plot": []}.get(args.what, [args.what])
     if args.what == "all" and not (args.smoke or args.quiet):
-        print("all but the deformed run: about 5 minutes on 2 CPU cores, with one seed a sweep")
+        print("all but the deformed run: about 6 minutes on 2 CPU cores, with one seed a sweep")
     load = functools.cache(lambda normalise: load_data(Config(normalise=normalise), device, args.data_dir))
     try:
         if args.what != "plot":
