@@ -492,17 +492,19 @@ def plot_curves(path: Path, rows: list[dict], title: str) -> None:
         accuracies = [100 * float(r["val_accuracy"]) for r in rows]
         if max(accuracies) > 95:
             right.set_ylim(max(min(accuracies) - 0.5, 90), 100)  # the last points are what matters
-        left.legend()
+        if left.lines:
+            left.legend()
         right.legend(loc="lower right")
 
 
-def log_y(axes) -> None:
-    """Make the y axis of a finished drawing logarithmic, its ticks plain numbers, even within a single decade."""
+def log_y(axes, top: float = math.inf) -> None:
+    """Make the y axis of a finished drawing logarithmic, up to `top`, with plain numbers even in a single decade."""
     if not math.isfinite(axes.dataLim.minposy):
         return  # nothing positive was drawn
     axes.set_yscale("log")
     axis = axes.yaxis
     low, high = axis.get_view_interval()
+    low, high = axes.set_ylim(low, min(high, top))
     decades = math.log10(high / low)
     axis.set_major_locator(MaxNLocator(5) if decades < 1 else LogLocator(subs=(1, 2, 5) if decades < 3 else (1,)))
     axis.set_major_formatter("{x:g}")
@@ -522,7 +524,7 @@ def plot_sweep(path: Path, rows: list[dict], history: list[dict], title: str, ax
             errors = [100 * p.std if p.n > 1 else 0 for p in points]
             where = positions + shift
             left.errorbar(where, [100 - 100 * p.mean for p in points], errors, fmt=marker, capsize=4, label=label)
-        left.set_xticks(positions, [textwrap.fill(value, 10) for value in values] if long else values, fontsize=9)
+        left.set_xticks(positions, [textwrap.fill(value, 10) for value in values] if long else values, fontsize=8.5)
         left.set(xlabel=axis, ylabel="validation error (%)")
         log_y(left)
         left.legend()
@@ -533,8 +535,11 @@ def plot_sweep(path: Path, rows: list[dict], history: list[dict], title: str, ax
             draw_history(right, runs, "val_loss", value, color=colors[i], marker=marker, markersize=4, markevery=0.2)
         lengths = [max(int(r["step"]) for r in runs) for runs in curves.values()]
         right.set(ylabel="validation loss (nats)", xscale="log" if max(lengths) > 10 * min(lengths) else "linear")
-        log_y(right)
-        right.legend(title=axis, fontsize=9, title_fontsize=9, ncols=1 if long else 2)
+        # a run that diverged leaves the picture at the top, and the others their room
+        kept = [run for run in history if all(r["status"] == "ok" for r in values[run["value"]])]
+        log_y(right, top=1.3 * max((float(run["val_loss"]) for run in kept), default=math.inf))
+        if right.lines:
+            right.legend(title=axis, fontsize=9, title_fontsize=9, ncols=1 if long else 2)
 
 
 def plot_confusion(path: Path, matrix, class_names, title: str) -> None:

@@ -320,7 +320,9 @@ def history_of(value, seed, losses):
 def test_pictures_of_runs_that_diverged_at_once(tmp_path, n_lost):
     """Of two seeds, one or both have no finite loss at all."""
     history = history_of("1", 0, ["nan"]) + history_of("1", 1, ["inf"] if n_lost == 2 else [2.0, 1.0])
-    rows = [{"value": "1", "seed": str(s), "val_accuracy": "0.1", "val_macro_f1": "0.1"} for s in range(2)]
+    rows = [
+        {"value": "1", "seed": str(s), "val_accuracy": "0.1", "val_macro_f1": "0.1", "status": "ok"} for s in range(2)
+    ]
     metrics.plot_curves(tmp_path / "curves.png", history, "title")
     metrics.plot_sweep(tmp_path / "sweep.png", rows, history, "title", "axis")
     assert {path.name for path in tmp_path.iterdir()} == {"curves.png", "sweep.png"}
