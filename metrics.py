@@ -741,11 +741,11 @@ def read_images(name: str, folder: Path, mean: float, std: float) -> list[tuple[
 def interleaved(works: dict[tuple[str, str], tuple[float, object]], repeats: int, device: torch.device) -> list[dict]:
     """Time works against each other: {(group, name): (amount, function)} -> a row each, its rate and ratio.
 
-    All in turn, after one round as warm-up, so that whatever else the machine does falls on all alike. The rate is
-    the amount over the median seconds; the ratio is to the rate of the group's first.
+    All in turn, after one round as warm-up if there are several, so that whatever else the machine does falls on all
+    alike. The rate is the amount over the median seconds; the ratio is to the rate of the group's first.
     """
     seconds: dict[tuple[str, str], list[float]] = {key: [] for key in works}
-    for _ in range(repeats + 1):
+    for _ in range(repeats + (repeats > 1)):
         for key, (_, work) in works.items():
             start = time.perf_counter()
             work()
@@ -754,7 +754,7 @@ def interleaved(works: dict[tuple[str, str], tuple[float, object]], repeats: int
             seconds[key].append(time.perf_counter() - start)
     rows: list[dict] = []
     for (name_of_group, name), (amount, _) in works.items():
-        median = statistics.median(seconds[name_of_group, name][1:])
+        median = statistics.median(seconds[name_of_group, name][-repeats:])
         row = {"experiment": "benchmark", "group": name_of_group, "name": name, "seconds": median}
         row["rate"] = amount / median
         row["ratio"] = row["rate"] / next((r["rate"] for r in rows if r["group"] == name_of_group), row["rate"])
