@@ -586,7 +586,12 @@ class Album:
             loss = mean(r["loss"] for r in rows).text(".4f")
             lines.append([name, *(mean(r[c] for r in rows).percent() for c in columns), loss, len(rows)])
         header = ["test images", *(f"{name.replace('_', ' ')} %" for name in columns), "loss", "n"]
-        self.text += ["", "## Test images, read once, after every choice was made", "", markdown(header, lines)]
+        self.text += [
+            "",
+            "## Test images: the selected models, each scored once, at the end of its run",
+            "",
+            markdown(header, lines),
+        ]
         for name, rows in tests.items():
             matrix = torch.zeros(len(class_names), len(class_names), dtype=torch.int64)
             for cell in cells[name]:
