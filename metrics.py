@@ -586,12 +586,8 @@ class Album:
             loss = mean(r["loss"] for r in rows).text(".4f")
             lines.append([name, *(mean(r[c] for r in rows).percent() for c in columns), loss, len(rows)])
         header = ["test images", *(f"{name.replace('_', ' ')} %" for name in columns), "loss", "n"]
-        self.text += [
-            "",
-            "## Test images: the selected models, each scored once, at the end of its run",
-            "",
-            markdown(header, lines),
-        ]
+        self.text += ["", "## Test images: the selected models, each scored once, at the end of its run", ""]
+        self.text.append(markdown(header, lines))
         for name, rows in tests.items():
             matrix = torch.zeros(len(class_names), len(class_names), dtype=torch.int64)
             for cell in cells[name]:
@@ -640,10 +636,8 @@ class Album:
         if rows:
             numbers = ("seconds", "rate", "ratio")
             lines = [[r["group"], r["name"], *(f"{float(r[c]):.3g}" for c in numbers)] for r in rows]
-            self.text += [
-                "",
-                f"## Benchmark on {rows[0]['device']}: medians of {rows[0]['repeats']} interleaved repeats",
-            ]
+            device, repeats = rows[0]["device"], rows[0]["repeats"]
+            self.text += ["", f"## Benchmark on {device}: medians of {repeats} interleaved repeats"]
             self.text += ["", markdown(["rate in", "of", *numbers], lines)]
             self.text += ["", "The ratio is that of the rate to the first of its kind."]
             self.add("benchmark", plot_bars, rows, f"{self.subject}: speed")
@@ -661,10 +655,8 @@ class Album:
 def plot_faults(path: Path, history: list[dict], names: list[str]) -> None:
     """One panel a fault, broken and mended: the loss that is minimised, and the validation logits' cross-entropy."""
     runs = group(history, "value")
-    height = -(-len(names) // 2)
-    with picture(
-        path, (height, 2), "What goes wrong in training, and what mends it", height=3.6 * height, left=1.0, top=0.8
-    ) as axes:
+    height, title = -(-len(names) // 2), "What goes wrong in training, and what mends it"
+    with picture(path, (height, 2), title, height=3.6 * height, left=1.0, top=0.8) as axes:
         for panel, name in zip(axes.flat, names, strict=False):
             for variant, color in zip(("broken", "mended"), COLORS[1::-1], strict=True):
                 rows = runs[f"{name}: {variant}"]
@@ -695,6 +687,7 @@ def plot_bars(path: Path, rows: list[dict], title: str) -> None:
 
 
 def plot_lines(path: Path, rows: list[dict], x: str, y: str, ylabel: str) -> None:
+    """Column y over column x, a line for the broken and one for the mended variant of the rows' fault."""
     with picture(path, (1, 1), rows[0]["fault"], width=7.0, left=1.1) as axes:
         for (variant, runs), color, marker in zip(group(rows, "variant").items(), COLORS[1::-1], "so", strict=False):
             points = {int(at): mean(r[y] for r in found).mean for at, found in group(runs, x).items()}
