@@ -33,7 +33,7 @@ import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,6 +42,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 
@@ -569,9 +570,9 @@ class Album:
         self.paths: list[Path] = []
         self.text = [f"# {subject}", "", "Mean ± sample standard deviation over n seeds."]
 
-    def add(self, name: str, draw, *what) -> None:
+    def add(self, name: str, draw, *what, **how) -> None:
         self.paths.append(self.folder / f"{name}.png")
-        draw(self.paths[-1], *what)
+        draw(self.paths[-1], *what, **how)
         self.text += ["", f"![{name}]({name}.png)"]
 
     def selected(self, class_names) -> None:
@@ -597,6 +598,12 @@ class Album:
             self.text += ["```", report(matrix, class_names), "```"]
             self.add(f"curves_{name}", plot_curves, self.history[name], title)
             self.add(f"confusion_{name}", plot_confusion, matrix, class_names, f"{title}: test, {sums}")
+
+    def reading(self, class_names) -> None:
+        """How each selected model makes up its mind, step by step."""
+        for name, rows in group(read_rows(self.folder / "reading.csv"), "experiment").items():
+            title = f"{self.subject}, {name}: class probabilities after every step, eight test images"
+            self.add(f"reading_{name}", plot_reading, rows, class_names, title)
 
     def sweeps(self, axes: dict[str, str]) -> None:
         """Of each sweep that has rows, its table, what it shows in a sentence, and its picture."""
@@ -624,11 +631,11 @@ class Album:
         self.text += ["Solid: the loss that is minimised. Dashed: the validation images' cross-entropy, of the logits."]
         self.add("faults", plot_faults, self.history["faults"], list(faults))
 
-    def lines(self, table: str, fault: str, x: str, y: str, ylabel: str) -> None:
-        """Of one fault, what its losses do not show: the mean of column y over column x, broken and mended."""
-        rows = [row for row in read_rows(self.folder / f"{table}.csv") if row["fault"] == fault]
-        if rows:
-            self.add(f"fault_{table}", plot_lines, rows, x, y, ylabel)
+    def lines(self, name: str, panels: dict[str, list[dict]], *what, **how) -> None:
+        """What tables and losses do not show: see plot_lines; nothing where no panel has rows."""
+        panels = {title: rows for title, rows in panels.items() if rows}
+        if panels:
+            self.add(name, plot_lines, panels, *what, **how)
 
     def benchmark(self) -> None:
         """The works that were timed against each other, group by group."""
@@ -674,8 +681,9 @@ def plot_faults(path: Path, history: list[dict], names: list[str]) -> None:
 def plot_bars(path: Path, rows: list[dict], title: str) -> None:
     """A panel for each group of benchmark rows: every rate in units of the group's first."""
     groups = group(rows, "group")
-    height = -(-len(groups) // 2)
-    with picture(path, (height, 2), title, height=2.4 * height, left=1.9, top=0.8) as axes:
+    columns = 2 if len(groups) <= 8 else 3
+    height = -(-len(groups) // columns)
+    with picture(path, (height, columns), title, 5.0 * columns, 2.4 * height, left=1.9, top=0.8) as axes:
         for panel, (name, found) in zip(axes.flat, groups.items(), strict=False):
             ratios = [float(r["ratio"]) for r in found]
             bars = panel.barh([r["name"] for r in found], ratios, color=COLORS)
@@ -686,15 +694,37 @@ def plot_bars(path: Path, rows: list[dict], title: str) -> None:
             panel.remove()
 
 
-def plot_lines(path: Path, rows: list[dict], x: str, y: str, ylabel: str) -> None:
-    """Column y over column x, a line for the broken and one for the mended variant of the rows' fault."""
-    with picture(path, (1, 1), rows[0]["fault"], width=7.0, left=1.1) as axes:
-        for (variant, runs), color, marker in zip(group(rows, "variant").items(), COLORS[1::-1], "so", strict=False):
-            points = {int(at): mean(r[y] for r in found).mean for at, found in group(runs, x).items()}
-            axes.plot(list(points), list(points.values()), color=color, marker=marker, label=variant)
-        axes.set(xlabel=x, ylabel=ylabel)
-        log_y(axes)
-        axes.legend()
+def plot_lines(path: Path, panels: dict[str, list[dict]], series: str, x: str, y: str, ylabel: str, scale=0.0) -> None:
+    """A panel for each title's rows: the mean of column y over column x, one line for each value of column `series`.
+
+    On a logarithmic y axis, or times `scale` on a linear one.
+    """
+    with picture(path, (1, len(panels)), "", width=2 + 5.0 * len(panels), left=1.1) as axes:
+        for panel, (title, rows) in zip(np.atleast_1d(axes), panels.items(), strict=True):
+            for i, (name, found) in enumerate(group(rows, series).items()):
+                points = {int(at): mean(r[y] for r in runs).mean for at, runs in group(found, x).items()}
+                color = COLORS[{"broken": 1, "mended": 0}.get(name, i)]
+                values = [(scale or 1) * value for value in points.values()]
+                panel.plot(list(points), values, color=color, marker=MARKERS[i], markersize=4, label=name)
+            panel.set(title=title, xlabel=x.replace("_", " "), ylabel=ylabel)
+            if not scale:
+                log_y(panel)
+            panel.legend(fontsize=9)
+
+
+def plot_reading(path: Path, rows: list[dict], class_names, title: str) -> None:
+    """Eight sequences of the first seed, step by step downwards: what is read, and the class probabilities after it."""
+    images = group(next(iter(group(rows, "seed").values())), "image")
+    with picture(path, (2, 8), title, width=16.0, height=8.5, left=0.4, bottom=1.0, top=0.8) as axes:
+        for (pixels, probabilities), steps in zip(axes.reshape(8, 2), images.values(), strict=False):
+            pixels.imshow([list(map(float, step["pixels"].split())) for step in steps], cmap="gray", aspect="auto")
+            shares = [[float(step[f"p{c}"]) for c in range(len(class_names))] for step in steps]
+            probabilities.imshow(shares, cmap="Blues", aspect="auto", vmin=0, vmax=1)
+            pixels.set(title=class_names[int(steps[0]["true"])], xticks=[], ylabel="step")
+            probabilities.set(yticks=[])
+            probabilities.set_xticks(range(len(class_names)), class_names, rotation=90, fontsize=8)
+            pixels.grid(False)
+            probabilities.grid(False)
 
 
 # -------- 5. Jobs ----------------------------------------------------------------------------------------------------
@@ -760,6 +790,20 @@ def interleaved(works: dict[tuple[str, str], tuple[float, object]], repeats: int
     return rows
 
 
+def training_steps(forward: Callable, model: torch.nn.Module, labels: torch.Tensor, n: int) -> Callable[[], None]:
+    """For `interleaved`: n times forward, backward and update; forward() gives the model's logits (B, C)."""
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+
+    def work():
+        for _ in range(n):
+            loss = torch.nn.functional.cross_entropy(forward(), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    return work
+
+
 def report_works() -> dict[tuple[str, str], tuple[float, object]]:
     """For `interleaved`: the full report of a million predictions, against scikit-learn's confusion matrix alone."""
     from sklearn.metrics import confusion_matrix as theirs
@@ -781,6 +825,136 @@ def check_config(config, choices: dict[str, list[str]], limits: dict[str, tuple[
         value = getattr(config, name)
         if not all(low <= number < high for number in (value if isinstance(value, tuple) else (value,))):
             raise ValueError(f"{name} must be at least {low} and less than {high}, not {value}")
+
+
+class Split(NamedTuple):
+    images: torch.Tensor  # (N, …) float32
+    labels: torch.Tensor  # (N,) int64
+
+
+class Data(NamedTuple):
+    train: Split
+    val: Split
+    test: Split
+
+
+def stratified(labels: torch.Tensor, n_val: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices of the images to train on, in a random order, and of n_val to validate on: every class in its share."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(labels), generator=generator)
+    by_class = order[labels[order].argsort(stable=True)]
+    held_out = torch.arange(len(labels)) % (len(labels) // n_val) == 0  # every 12th of 60,000: of every class a twelfth
+    kept = by_class[~held_out]
+    return kept[torch.randperm(len(kept), generator=generator)], by_class[held_out]
+
+
+class Fault(NamedTuple):
+    """Something that goes wrong in training: its sign, the Config that provokes it, and the Config that mends it."""
+
+    symptom: str
+    measured: str  # the number that shows it, with its unit
+    measure: Callable  # (model, history, config, data) -> float
+    broken: dict
+    remedy: str
+    mended: dict
+
+
+class Run(NamedTuple):
+    """One call of a stage's `train`: the experiment it belongs to, where in it, and the Config."""
+
+    experiment: str
+    value: str
+    config: object
+
+
+def plan(stage, job: str, small: dict, given: dict, only: list[str], n_seeds: int | None) -> list[Run]:
+    """The runs of a stage's job, each with every seed: its base Config, smaller in a smoke run, under the user's."""
+    changes, seeds = stage.JOBS[job]
+    base = stage.Config(**(changes | small | given))
+    smaller = {field: getattr(base, field) for field in small}  # also where a sweep or fault says otherwise
+    if job == "sweep":
+        found = [(name, c) for name in only for c in stage.SWEEPS[name][: 2 if small else None]]
+        runs = [(name, label(change, stage.SWEEPS[name]), change) for name, change in found]
+    elif job == "faults":
+        variants = ("broken", "mended")
+        runs = [(job, f"{name}: {v}", getattr(f, v) | smaller) for name, f in stage.FAULTS.items() for v in variants]
+    else:
+        runs = [(stage.SELECTED[job], "", {})]
+    seeds = range(base.seed, base.seed + (n_seeds or (min(2, seeds) if small else seeds)))
+    configs = [(experiment, value, dataclasses.replace(base, **change)) for experiment, value, change in runs]
+    return [Run(e, value, dataclasses.replace(config, seed=seed)) for e, value, config in configs for seed in seeds]
+
+
+def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
+    """For an optimizer: weights decay, biases and other vectors do not."""
+    weights = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    return [{"params": weights, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+
+
+def one_cycle(config, step: int) -> float:
+    """Share of the highest learning rate: up a line over the warm-up, down a half cosine to 0 (Smith 2018)."""
+    progress = (step + 0.5) / config.n_steps
+    if progress < config.warmup:
+        return progress / config.warmup
+    return 0.5 * (1 + math.cos(math.pi * (progress - config.warmup) / (1 - config.warmup)))
+
+
+def batches(n: int, config, device: torch.device) -> Iterator[torch.Tensor]:
+    """Indices (B,) of the batches: all n images in a new random order, again and again."""
+    while True:
+        yield from torch.randperm(n, device=device).split(config.batch_size)
+
+
+def history_row(config, step: int, train_loss: float, val: dict, grad_norm: torch.Tensor, start: float) -> dict:
+    """What is logged of a step: train_loss since the row before, val as a stage's `evaluate` gives it, seconds."""
+    row = {"step": step, "epoch": step / math.ceil(config.n_train / config.batch_size), "train_loss": train_loss}
+    row |= {"val_loss": val["loss"], "val_accuracy": val["accuracy"], "val_macro_f1": val["macro_f1"]}
+    return row | {"grad_norm": grad_norm.item(), "seconds": time.perf_counter() - start}
+
+
+def tables_of(run: Run, model: torch.nn.Module, history: list[dict], val: dict, device: torch.device) -> dict:
+    """A finished run's rows for the tables that every run has, runs and history; val as a stage's `evaluate` gives."""
+    name = {"experiment": run.experiment, "value": run.value, "seed": run.config.seed}
+    fields = {
+        k: " ".join(map(str, v)) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(run.config).items()
+    }
+    row = name | fields | {"device": device.type, "threads": torch.get_num_threads(), "status": status(history)}
+    row |= {f"val_{key}": score for key, score in val.items() if key != "confusion"}
+    row |= {"seconds": history[-1]["seconds"], "parameters": sum(p.numel() for p in model.parameters())}
+    return {"runs": [row], "history": [name | line for line in history]}
+
+
+def test_tables(run: Run, test: dict) -> dict:
+    """The rows of a selected model's test scores, as a stage's `evaluate` gives them: test_metrics and confusion."""
+    name = {"experiment": run.experiment, "value": run.value, "seed": run.config.seed}
+    numbers = {key: score for key, score in test.items() if key != "confusion"}
+    return {
+        "confusion": [name | cell for cell in cells(test["confusion"])],
+        "test_metrics": [{"experiment": run.experiment, "seed": run.config.seed} | numbers],
+    }
+
+
+def fault_tables(run: Run, fault: Fault, number: float, history: list[dict]) -> dict:
+    """The row of a fault's broken or mended run: what its number came to."""
+    name, variant = run.value.split(": ")
+    row = {"experiment": run.experiment, "value": run.value, "seed": run.config.seed, "fault": name, "variant": variant}
+    row |= {column: getattr(fault, column) for column in ("symptom", "measured", "remedy")}
+    return {"faults": [row | {"number": number, "status": status(history)}]}
+
+
+def sweep(stage, runs: list[Run], load: Callable, journal: Journal, quiet: bool) -> None:
+    """Every run through the stage's `execute`, its rows into the journal as it ends; runs found there are skipped."""
+    with tqdm(total=sum(run.config.n_steps for run in runs), unit="step", disable=quiet or None) as bar:
+        for i, run in enumerate(runs, 1):
+            data, begun = load(run.config), bar.n
+            key = {"experiment": run.experiment, "value": run.value, **dataclasses.asdict(run.config)}
+            tables = journal.run(key, lambda run=run, data=data: stage.execute(run, data, bar))
+            bar.update(run.config.n_steps - (bar.n - begun))  # all of them, even where it diverged or was found
+            if not quiet:
+                row = tables["runs"][0]
+                line = f"[{i}/{len(runs)}] {run.experiment} {run.value} seed {run.config.seed}: {row['status']}, "
+                bar.write(line + f"val accuracy {100 * row['val_accuracy']:.2f} %, {row['seconds']:.1f} s")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -856,3 +1030,40 @@ def interrupted(args: argparse.Namespace) -> int:
         how = shlex.join([*shlex.split(args.command)[:2], "plot", "--figures-dir", str(args.figures.parent)])
     print(f"interrupted; what has ended is saved in {args.figures}, go on with: {how}", file=sys.stderr)
     return 130
+
+
+def run_stage(stage, argv: list[str] | None) -> int:
+    """A stage's command line, the same in the three: parse, train, publish the rows, draw; gives the exit status.
+
+    0 is done; 1 data that cannot be had or a file that cannot be written; 130 Ctrl-C; bad flags exit with 2.
+    """
+    args, given = parse_command_line(
+        argv, stage.__file__, stage.__doc__, stage.JOBS, stage.SWEEPS, stage.Config, stage.CHOICES
+    )
+    device, small = torch.device(args.device), stage.SMOKE if args.smoke else {}
+    every = [job for job in stage.JOBS if args.smoke or job not in stage.LONG]
+    jobs = {"all": every, "benchmark": [], "plot": []}.get(args.what, [args.what])
+    if args.what == "all" and not (args.smoke or args.quiet):
+        print(f"all but {' and '.join(stage.LONG)}: about {stage.MINUTES} minutes on 2 CPU cores, one seed a sweep")
+    load = functools.cache(lambda normalise: stage.load_data(stage.Config(normalise=normalise), device, args.data_dir))
+    usual = stage.Config().normalise
+    try:
+        if args.what != "plot":
+            load(usual)  # what is wrong with the data is said before anything is trained
+            journal = Journal(args.figures, args.what, environment(args.command, device), args.resume)
+            runs = [run for job in jobs for run in plan(stage, job, small, given, args.only, args.seeds)]
+            sweep(stage, runs, lambda config: load(config.normalise), journal, args.quiet)
+            if args.what in ("all", "benchmark"):
+                config, repeats = stage.Config(**(small | given)), 1 if args.smoke else stage.REPEATS
+                work = functools.partial(stage.benchmark, config, load(usual), args.data_dir, repeats)
+                journal.run({"benchmark": str(config)}, lambda: {"benchmark": work()})
+            journal.publish()
+        paths = stage.plot(args.figures)
+    except KeyboardInterrupt:
+        return interrupted(args)
+    except (DataError, OSError) as error:
+        print(f"{Path(stage.__file__).name}: {error}", file=sys.stderr)
+        return 1
+    print((args.figures / "summary.md").read_text(encoding="utf-8"))
+    print(*(f"wrote {path}" for path in paths), sep="\n")
+    return 0

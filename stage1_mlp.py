@@ -18,10 +18,9 @@ import itertools
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +28,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import metrics
+from metrics import Data, Fault, Run, Split, batches, one_cycle
 
 # -------- 2. Config --------------------------------------------------------------------------------------------------
 
@@ -120,21 +120,12 @@ JOBS: dict[str, tuple[dict, int]] = {
     "sweep": ({"steps": 600, "n_logs": 10}, 1),
     "faults": ({"steps": 500, "n_logs": 20, "weight_decay": 0.0, "label_smoothing": 0.0}, 1),
 }
+SELECTED = {"train": "baseline", "deformed": "deformed"}  # jobs whose models are scored on the test images, and as what
+LONG, MINUTES, REPEATS = ["deformed"], 6, 3  # jobs that `all` leaves out, its minutes, repeats of the benchmark
 SMOKE = {"hidden": (16, 12), "n_train": 640, "steps": 6, "n_logs": 2}
 
 
 # -------- 3. Data ----------------------------------------------------------------------------------------------------
-
-
-class Split(NamedTuple):
-    images: Tensor  # (N, P) float32
-    labels: Tensor  # (N,) int64
-
-
-class Data(NamedTuple):
-    train: Split
-    val: Split
-    test: Split
 
 
 def load_data(config: Config, device: torch.device | str = "cpu", data_dir: Path = metrics.HERE / "data") -> Data:
@@ -144,12 +135,7 @@ def load_data(config: Config, device: torch.device | str = "cpu", data_dir: Path
     n of them are a fair sample. metrics.DataError if the images cannot be had or are another data set's.
     """
     (pixels, labels), test = metrics.read_images("MNIST", data_dir, MEAN, STD)
-    generator = torch.Generator().manual_seed(1998)
-    order = torch.randperm(len(labels), generator=generator)
-    by_class = order[labels[order].argsort(stable=True)]
-    held_out = torch.arange(len(labels)) % (len(labels) // N_VAL) == 0  # every 12th: a twelfth of every class
-    val, kept = by_class[held_out], by_class[~held_out]
-    kept = kept[torch.randperm(len(kept), generator=generator)]
+    kept, val = metrics.stratified(labels, N_VAL, seed=1998)
 
     def split(pixels: Tensor, labels: Tensor) -> Split:
         images = pixels.flatten(1).float()
@@ -310,28 +296,6 @@ def build(config: Config, device: torch.device) -> MLP:
     return model.to(device)
 
 
-def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
-    weights = [p for p in model.parameters() if p.ndim > 1]
-    biases = [p for p in model.parameters() if p.ndim == 1]
-    groups = [{"params": weights, "weight_decay": config.weight_decay}, {"params": biases, "weight_decay": 0.0}]
-    kind, arguments = OPTIMIZERS[config.optimizer]
-    return kind(groups, lr=config.lr, **arguments)
-
-
-def one_cycle(config: Config, step: int) -> float:
-    """Share of the highest learning rate: up a line over the warm-up, down a half cosine to 0 (Smith 2018)."""
-    progress = (step + 0.5) / config.n_steps
-    if progress < config.warmup:
-        return progress / config.warmup
-    return 0.5 * (1 + math.cos(math.pi * (progress - config.warmup) / (1 - config.warmup)))
-
-
-def batches(n: int, config: Config, device: torch.device) -> Iterator[Tensor]:
-    """Indices (B,) of the batches: all n images in a new random order, again and again."""
-    while True:
-        yield from torch.randperm(n, device=device).split(config.batch_size)
-
-
 def train(config: Config, data: Data, bar: tqdm | None = None) -> tuple[MLP, list[dict]]:
     """Train the Config's network: the model, and a history row for each of n_logs evenly spaced steps.
 
@@ -341,7 +305,8 @@ def train(config: Config, data: Data, bar: tqdm | None = None) -> tuple[MLP, lis
     images, labels = (part[: config.n_train] for part in data.train)
     device = images.device
     model = build(config, device)
-    optimizer = make_optimizer(model, config)
+    kind, arguments = OPTIMIZERS[config.optimizer]
+    optimizer = kind(metrics.parameter_groups(model, config.weight_decay), lr=config.lr, **arguments)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, functools.partial(one_cycle, config))
     n_steps, loss_function = config.n_steps, LOSSES[config.loss]
     logged = {math.ceil(n_steps * (i + 1) / config.n_logs) for i in range(config.n_logs)}
@@ -364,11 +329,8 @@ def train(config: Config, data: Data, bar: tqdm | None = None) -> tuple[MLP, lis
         loss_sum += loss.detach()
 
         if step in logged:
-            val = evaluate(model, data.val)
-            row = {"step": step, "epoch": step / math.ceil(config.n_train / config.batch_size)}
-            row |= {"train_loss": loss_sum.item() / (step - since), "val_loss": val["loss"]}
-            row |= {"val_accuracy": val["accuracy"], "val_macro_f1": val["macro_f1"]}
-            history.append(row | {"grad_norm": grad_norm.item(), "seconds": time.perf_counter() - start})
+            val, train_loss = evaluate(model, data.val), loss_sum.item() / (step - since)
+            history.append(metrics.history_row(config, step, train_loss, val, grad_norm, start))
             if bar is not None:
                 bar.update(step - since)
             since = step
@@ -381,67 +343,19 @@ def train(config: Config, data: Data, bar: tqdm | None = None) -> tuple[MLP, lis
 # -------- 6. Experiments ---------------------------------------------------------------------------------------------
 
 
-class Run(NamedTuple):
-    """One call of `train`: the experiment it belongs to, where in it, and the Config."""
-
-    experiment: str
-    value: str
-    config: Config
-
-
-def plan(job: str, small: dict, given: dict, only: list[str], n_seeds: int | None) -> list[Run]:
-    """The runs of a job, each with every seed: its base Config, smaller in a smoke run, under the user's flags."""
-    changes, seeds = JOBS[job]
-    base = Config(**(changes | small | given))
-    if job == "sweep":
-        pairs = [(name, change) for name in only for change in SWEEPS[name][: 2 if small else None]]
-        runs = [Run(name, metrics.label(change, SWEEPS[name]), replace(base, **change)) for name, change in pairs]
-    elif job == "faults":
-        pairs = [(f"{name}: {v}", getattr(fault, v)) for name, fault in FAULTS.items() for v in ("broken", "mended")]
-        smaller = {field: getattr(base, field) for field in small}
-        runs = [Run(job, value, replace(base, **(change | smaller))) for value, change in pairs]
-    else:
-        runs = [Run("baseline" if job == "train" else job, "", base)]
-    seeds = range(base.seed, base.seed + (n_seeds or (min(2, seeds) if small else seeds)))
-    return [run._replace(config=replace(run.config, seed=seed)) for run in runs for seed in seeds]
-
-
 def execute(run: Run, data: Data, bar: tqdm) -> dict[str, list[dict]]:
     """Train and measure one run: its rows for every table. Only the selected models ever see the test images."""
     model, history = train(run.config, data, bar)
-    name = {"experiment": run.experiment, "value": run.value, "seed": run.config.seed}
-    val = {f"val_{key}": score for key, score in evaluate(model, data.val).items() if key != "confusion"}
-    row = name | asdict(run.config) | {"hidden": " ".join(map(str, run.config.hidden))}
-    row |= {"device": data.train.images.device.type, "threads": torch.get_num_threads()}
-    row |= {"status": metrics.status(history)} | val
-    row |= {"seconds": history[-1]["seconds"], "parameters": sum(p.numel() for p in model.parameters())}
-    tables = {"runs": [row], "history": [name | line for line in history]}
-    if run.experiment in ("baseline", "deformed"):
-        test = evaluate(model, data.test)
-        tables["confusion"] = [name | cell for cell in metrics.cells(test.pop("confusion"))]
-        tables["test_metrics"] = [{"experiment": run.experiment, "seed": run.config.seed} | test]
+    tables = metrics.tables_of(run, model, history, evaluate(model, data.val), data.val.images.device)
+    if run.experiment in SELECTED.values():
+        tables |= metrics.test_tables(run, evaluate(model, data.test))
     if run.experiment == "faults":
-        fault, variant = run.value.split(": ")
-        name |= {"fault": fault, "variant": variant}
-        words = {column: getattr(FAULTS[fault], column) for column in ("symptom", "measured", "remedy")}
-        number, by_layer = FAULTS[fault].measure(model, history, run.config, data), layer_gradients(run.config, data)
-        tables["faults"] = [name | words | {"number": number, "status": row["status"]}]
-        tables["gradients"] = [name | {"layer": i, "grad_norm": norm} for i, norm in enumerate(by_layer, 1)]
+        fault = FAULTS[run.value.split(": ")[0]]
+        tables |= metrics.fault_tables(run, fault, fault.measure(model, history, run.config, data), history)
+        name = {key: tables["faults"][0][key] for key in ("experiment", "value", "seed", "fault", "variant")}
+        norms = layer_gradients(run.config, data)
+        tables["gradients"] = [name | {"layer": i, "grad_norm": norm} for i, norm in enumerate(norms, 1)]
     return tables
-
-
-def sweep(runs: list[Run], load: Callable[[Config], Data], journal: metrics.Journal, quiet: bool) -> None:
-    """Every run through the same `train`, its rows into the journal as it ends; runs found there are not repeated."""
-    with tqdm(total=sum(run.config.n_steps for run in runs), unit="step", disable=quiet or None) as bar:
-        for i, run in enumerate(runs, 1):
-            data, begun = load(run.config), bar.n
-            key = {"experiment": run.experiment, "value": run.value, **asdict(run.config)}
-            tables = journal.run(key, lambda run=run, data=data: execute(run, data, bar))
-            bar.update(run.config.n_steps - (bar.n - begun))  # all of them, even where it diverged or was found
-            if not quiet:
-                row = tables["runs"][0]
-                line = f"[{i}/{len(runs)}] {run.experiment} {run.value} seed {run.config.seed}: {row['status']}, "
-                bar.write(line + f"val accuracy {100 * row['val_accuracy']:.2f} %, {row['seconds']:.1f} s")
 
 
 def layer_gradients(config: Config, data: Data) -> list[float]:
@@ -461,17 +375,6 @@ def dead_share(model: MLP, history: list[dict], config: Config, data: Data) -> f
     """Percent of the hidden neurons that are 0 for every validation image: such an image sends no gradient through."""
     dead = [(values == 0).all(0) for values in model.eval().activations(data.val.images)[1:-1]]  # of each layer, (D,)
     return 100 * torch.cat(dead).float().mean().item() if dead else math.nan
-
-
-class Fault(NamedTuple):
-    """Something that goes wrong in training: its sign, the Config that provokes it, and the Config that mends it."""
-
-    symptom: str
-    measured: str  # the number that shows it, with its unit
-    measure: Callable[[MLP, list[dict], Config, Data], float]
-    broken: dict
-    remedy: str
-    mended: dict
 
 
 ACCURACY = ("validation accuracy (%)", lambda model, history, *_: 100 * history[-1]["val_accuracy"])
@@ -555,9 +458,9 @@ def plot(figures: Path) -> list[Path]:
     album.selected(list("0123456789"))
     album.sweeps(AXES)
     album.faults()
-    album.lines(
-        "gradients", "sigmoid in a deep net", "layer", "grad_norm", "norm of its weights' gradient at the start"
-    )
+    rows = [row for row in metrics.read_rows(figures / "gradients.csv") if row["fault"] == "sigmoid in a deep net"]
+    ylabel = "norm of its weights' gradient at the start"
+    album.lines("fault_gradients", {"sigmoid in a deep net": rows}, "variant", "layer", "grad_norm", ylabel)
     album.benchmark()
     return album.close()
 
@@ -566,34 +469,7 @@ def plot(figures: Path) -> list[Path]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args, given = metrics.parse_command_line(argv, __file__, __doc__, JOBS, SWEEPS, Config, CHOICES)
-    device, small = torch.device(args.device), SMOKE if args.smoke else {}
-    every = ["train", "sweep", "faults", *(["deformed"] if args.smoke else [])]
-    jobs = {"all": every, "benchmark": [], "plot": []}.get(args.what, [args.what])
-    if args.what == "all" and not (args.smoke or args.quiet):
-        print("all but the deformed run: about 6 minutes on 2 CPU cores, with one seed a sweep")
-    load = functools.cache(lambda normalise: load_data(Config(normalise=normalise), device, args.data_dir))
-    try:
-        if args.what != "plot":
-            load(True)  # what is wrong with the data is said before anything is trained
-            environment = metrics.environment(args.command, device)
-            journal = metrics.Journal(args.figures, args.what, environment, args.resume)
-            runs = [run for job in jobs for run in plan(job, small, given, args.only, args.seeds)]
-            sweep(runs, lambda config: load(config.normalise), journal, args.quiet)
-            if args.what in ("all", "benchmark"):
-                config, repeats = Config(**(small | given)), 1 if args.smoke else 3
-                work = functools.partial(benchmark, config, load(True), args.data_dir, repeats)
-                journal.run({"benchmark": str(config)}, lambda: {"benchmark": work()})
-            journal.publish()
-        paths = plot(args.figures)
-    except KeyboardInterrupt:
-        return metrics.interrupted(args)
-    except (metrics.DataError, OSError) as error:
-        print(f"{Path(__file__).name}: {error}", file=sys.stderr)
-        return 1
-    print((args.figures / "summary.md").read_text(encoding="utf-8"))
-    print(*(f"wrote {path}" for path in paths), sep="\n")
-    return 0
+    return metrics.run_stage(sys.modules[__name__], argv)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,31 @@
-"""Lets the tests import the stages however pytest is started."""
+"""Lets the tests import the stages however pytest is started, and reads what the README quotes."""
 
+import csv
+import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+def read(path: Path) -> list[dict]:
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def quoted_rows():
+    """(folder of a stage, table, experiment) -> the committed rows and the README; skips if figures/ has later ones."""
+
+    def rows_of(stage: str, table: str, experiment: str):
+        folder = ROOT / "figures" / stage
+        commit = json.loads((folder / "environment.json").read_text(encoding="utf-8"))[experiment]["commit"]
+        readme = (ROOT / "README.md").read_text(encoding="utf-8")
+        if f"`{commit}`" not in readme:
+            pytest.skip(f"figures/{stage} holds a run of {commit}, which the README does not quote")
+        return [row for row in read(folder / f"{table}.csv") if row["experiment"] == experiment], readme
+
+    return rows_of

@@ -1,13 +1,27 @@
-"""What holds for the bundle as a whole: its layout, its sections, and that its documents point at what exists."""
+"""What holds for the bundle as a whole, and for every stage alike: layout, data, training, command line, prose."""
 
 import ast
+import importlib
+import inspect
+import json
+import math
+import os
 import re
+import shutil
 import subprocess
-from pathlib import Path
+import sys
+from dataclasses import replace
 
+import numpy as np
 import pytest
+import torch
+from conftest import ROOT, read
+from sklearn import metrics as sklearn_metrics
+from torch.nn import functional as F
+from torchvision import datasets
 
-ROOT = Path(__file__).resolve().parent.parent
+import metrics
+
 STAGES = sorted(ROOT.glob("stage*.py"))
 SECTIONS = ["Config", "Data", "Model", "Training", "Experiments", "Pictures", "Command line"]
 
@@ -57,3 +71,365 @@ def test_every_link_of_a_document_leads_somewhere(document):
     assert links
     for link in links:
         assert ((ROOT / document).parent / link).exists(), link
+
+
+# ---- in every stage ----
+
+NAMES = [path.stem for path in STAGES]
+CPU = torch.device("cpu")
+SMALL = {  # a Config that trains in a moment
+    "stage1_mlp": {"hidden": (9, 7), "dropout": 0.2, "deform": 1.0},
+    "stage2_rnn": {"n_hidden": 9, "cell": "gru", "n_layers": 2, "bidirectional": True},
+}
+BY_HEART = {"stage1_mlp": {"hidden": (128, 256)}, "stage2_rnn": {"n_hidden": 128, "clip": 0.0}}
+SETS = {"stage1_mlp": ("MNIST", "FashionMNIST"), "stage2_rnn": ("FashionMNIST", "MNIST")}  # its own, and the other
+OWN_TABLES = {"stage1_mlp": ["gradients"], "stage2_rnn": ["gradients", "reading"]}
+OWN_PICTURES = {
+    "stage1_mlp": ["fault_gradients"],
+    "stage2_rnn": ["memory", "state_gradients", "reading_rnn", "reading_gru", "reading_lstm"],
+}
+TWO_SWEEPS = {"stage1_mlp": ["depth", "init"], "stage2_rnn": ["hidden", "init"]}
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def stage(request):
+    return importlib.import_module(request.param)
+
+
+@pytest.fixture(scope="module")
+def data(stage):
+    return stage.load_data(stage.Config())
+
+
+@pytest.fixture
+def small(stage):
+    return stage.Config(n_train=300, batch_size=32, steps=12, n_logs=3, **SMALL[stage.__name__])
+
+
+@pytest.fixture(scope="module")
+def smoke(stage, tmp_path_factory):
+    """A smoke run of everything, as a user starts it: from another folder, without a display."""
+    folder = tmp_path_factory.mktemp("smoke")
+    environment = {name: value for name, value in os.environ.items() if name not in ("DISPLAY", "MPLBACKEND")}
+    command = [sys.executable, stage.__file__, "--smoke", "--figures-dir", str(folder / "out")]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder / "out" / stage.__name__.split("_")[0], done.stdout
+
+
+def without_seconds(rows):
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+def test_public_names_and_signatures_are_the_same(stage):
+    signatures = {name: str(inspect.signature(getattr(stage, name))) for name in ("evaluate", "plot", "main")}
+    assert signatures["evaluate"] == "(model: torch.nn.modules.module.Module, split: metrics.Split) -> dict"
+    assert signatures["plot"] == "(figures: pathlib.Path) -> list[pathlib.Path]"
+    assert signatures["main"] == "(argv: list[str] | None = None) -> int"
+    assert list(inspect.signature(stage.load_data).parameters) == ["config", "device", "data_dir"]
+    assert list(inspect.signature(stage.train).parameters) == ["config", "data", "bar"]
+    assert list(stage.AXES) == list(stage.SWEEPS)
+
+
+def test_data_is_the_whole_set_split_by_class(stage, data):
+    assert [len(split.labels) for split in data] == [55_000, 5_000, 10_000]
+    name = SETS[stage.__name__][0]
+    whole = getattr(datasets, name)(str(ROOT / "data"), train=True)
+    assert torch.equal(data.train.labels.bincount() + data.val.labels.bincount(), whole.targets.bincount())
+    share = data.val.labels.bincount() / whole.targets.bincount()
+    torch.testing.assert_close(share, torch.full((10,), 1 / 12), rtol=0, atol=2e-4)
+    # together, the two splits are the 60,000 images, each once
+    mean, std = (round(measure(whole.data / 255).item(), 4) for measure in (torch.mean, torch.std))
+    ours = torch.cat([data.train.images, data.val.images]).flatten(1).mul(std).add(mean).mul(255).round().byte()
+    mixed = torch.randint(1, 1 << 40, (784,), generator=torch.Generator().manual_seed(0))
+    ours, theirs = ((pixels.long() * mixed).sum(1) for pixels in (ours, whole.data.flatten(1)))
+    assert torch.equal(ours.sort().values, theirs.sort().values)
+    # and image and label still belong together
+    labels = dict(zip(theirs.tolist(), whole.targets.tolist(), strict=True))
+    wrong = sum(labels[key] != label for key, label in zip(ours.tolist(), data.train.labels.tolist(), strict=False))
+    assert wrong <= 2 * (len(ours) - len(labels))  # but for images that the set has twice, under two labels
+
+
+def test_the_split_does_not_depend_on_the_run(stage, data):
+    torch.manual_seed(123)
+    again = stage.load_data(stage.Config(seed=9, batch_size=3))
+    assert all(
+        torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels) for a, b in zip(data, again, strict=True)
+    )
+
+
+def test_one_batch_is_learned_by_heart(stage, data):
+    own = BY_HEART[stage.__name__]
+    config = stage.Config(n_train=64, batch_size=64, steps=150, n_logs=1, lr=3e-3, label_smoothing=0.0, **own)
+    model, history = stage.train(config, data)
+    assert history[-1]["train_loss"] < 1  # the mean over the run
+    seen = stage.evaluate(model, metrics.Split(*(part[:64] for part in data.train)))
+    assert seen["accuracy"] == 1
+    assert seen["loss"] < 0.02
+
+
+def test_the_same_seed_gives_the_same_history(stage, data, small):
+    histories = [stage.train(replace(small, clip=1.0, seed=seed), data)[1] for seed in (3, 3, 4)]
+    first, second, other = map(without_seconds, histories)
+    assert first == second != other
+    keys = ["step", "epoch", "train_loss", "val_loss", "val_accuracy", "val_macro_f1", "grad_norm", "seconds"]
+    assert list(histories[0][0]) == keys
+    assert [row["step"] for row in first] == [4, 8, 12]
+    assert [row["epoch"] for row in first] == [0.4, 0.8, 1.2]  # 300 images are 10 batches of 32 at most
+
+
+def test_nothing_waits_for_the_device_between_log_rows(stage, data, small, monkeypatch):
+    reads = []
+    for name in ("item", "__bool__", "__float__", "tolist", "cpu", "numpy"):
+        original = getattr(torch.Tensor, name)
+        monkeypatch.setattr(
+            torch.Tensor, name, lambda t, *a, original=original, **k: (reads.append(1), original(t, *a, **k))[1]
+        )
+    counted = []
+    for steps in (10, 50):
+        reads.clear()
+        stage.train(replace(small, steps=steps, n_logs=1), data)
+        counted.append(len(reads))
+    assert counted[0] == counted[1] > 0
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_is_named(stage, data, small):
+    config = replace(small, optimizer="sgd", lr=1e30, warmup=0.0, steps=100, n_logs=10, clip=0.0)
+    _, history = stage.train(config, data)
+    assert metrics.status(history) == "diverged"
+    assert len(history) < 10
+    tables = stage.execute(metrics.Run("lr", "1e30", config), data, bar=None)
+    assert tables["runs"][0]["status"] == "diverged"
+
+
+def test_evaluate_equals_scikit_learn_and_leaves_the_model_as_it_was(stage, data, small):
+    model = stage.build(small, CPU)
+    split = metrics.Split(*(part[::3] for part in data.val))
+    result, again = stage.evaluate(model, split), stage.evaluate(model, split)
+    assert model.training
+    assert torch.equal(result.pop("confusion"), again.pop("confusion"))
+    assert result == again  # dropout is off
+    with torch.no_grad():
+        logits = model.eval()(split.images)
+    p, r, f, _ = sklearn_metrics.precision_recall_fscore_support(
+        split.labels, logits.argmax(1), labels=range(10), average="macro", zero_division=0
+    )
+    expected = {"accuracy": (logits.argmax(1) == split.labels).double().mean().item(), "macro_precision": p}
+    expected |= {"macro_recall": r, "macro_f1": f, "loss": F.cross_entropy(logits, split.labels).item()}
+    assert result == pytest.approx(expected, rel=1e-5)
+
+
+# ---- the command line ----
+
+
+def test_smoke_makes_every_promised_file(stage, smoke):
+    folder, printed = smoke
+    selected = stage.SELECTED.values()
+    tables = ["runs", "history", "test_metrics", "confusion", "faults", "benchmark", *OWN_TABLES[stage.__name__]]
+    pictures = [f"{kind}_{name}" for kind in ("curves", "confusion") for name in selected]
+    pictures += [f"sweep_{name}" for name in stage.SWEEPS] + ["faults", "benchmark", *OWN_PICTURES[stage.__name__]]
+    promised = {f"{name}.csv" for name in tables} | {f"{name}.png" for name in pictures}
+    assert {path.name for path in folder.iterdir()} == promised | {"summary.md", "environment.json"}
+    for name in pictures:
+        assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert f"wrote {folder / name}.png" in printed
+    summary = (folder / "summary.md").read_text(encoding="utf-8")
+    assert all(f"({name}.png)" in summary for name in pictures)
+    runs = read(folder / "runs.csv")
+    assert {row["experiment"] for row in runs} == {*selected, "faults", *stage.SWEEPS}
+    assert {row["n_train"] for row in runs if row["experiment"] in selected} == {str(stage.SMOKE["n_train"])}
+    jobs = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+    first = next(iter(selected))
+    assert jobs[first]["command"].startswith(f"python {stage.__name__}.py --smoke")
+
+
+def test_saved_test_scores_follow_from_the_saved_confusion(smoke):
+    folder, _ = smoke
+    cells = read(folder / "confusion.csv")
+    for row in read(folder / "test_metrics.csv"):
+        mine = [c for c in cells if (c["experiment"], c["seed"]) == (row["experiment"], row["seed"])]
+        target = np.repeat([int(c["true"]) for c in mine], [int(c["count"]) for c in mine])
+        predicted = np.repeat([int(c["predicted"]) for c in mine], [int(c["count"]) for c in mine])
+        assert len(target) == 10_000
+        assert float(row["accuracy"]) == pytest.approx((target == predicted).mean(), rel=1e-5)
+        macro_f1 = sklearn_metrics.f1_score(target, predicted, average="macro")
+        assert float(row["macro_f1"]) == pytest.approx(macro_f1, rel=1e-5)
+
+
+def test_plot_draws_the_same_summary_again(stage, smoke, tmp_path):
+    folder = tmp_path / smoke[0].name
+    shutil.copytree(smoke[0], folder)
+    (folder / "summary.md").unlink()
+    assert stage.main(["plot", "--figures-dir", str(tmp_path)]) == 0
+    assert (folder / "summary.md").read_bytes() == (smoke[0] / "summary.md").read_bytes()
+
+
+def test_resume_gives_the_rows_of_an_uninterrupted_run(stage, tmp_path, monkeypatch, capsys):
+    sweeps, name = TWO_SWEEPS[stage.__name__], stage.__name__.split("_")[0]
+    command = ["sweep", "--smoke", "--only", *sweeps, "--seeds", "2", "--quiet", "--figures-dir"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert stage.main([*command, str(whole)]) == 0
+
+    calls, train = [], stage.train
+
+    def interrupted(config, data, bar=None):
+        calls.append(config)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return train(config, data, bar)
+
+    monkeypatch.setattr(stage, "train", interrupted)
+    assert stage.main([*command, str(broken)]) == 130
+    assert "--resume" in capsys.readouterr().err
+    assert not (broken / name / "runs.csv").exists()
+    assert stage.main([*command, str(broken), "--resume"]) == 0
+    assert len(calls) == 4 + 5  # the three runs that had ended were not repeated
+    for table in ("runs", "history"):
+        rows = [without_seconds(read(folder / name / f"{table}.csv")) for folder in (whole, broken)]
+        assert rows[0] == rows[1]
+        assert len(rows[0]) == (8 if table == "runs" else 16)
+    assert not list((broken / name).glob("*unfinished*"))
+
+
+BAD_FLAGS = [
+    (["trian"], "trian"),
+    (["--bogus"], "--bogus"),
+    (["--epochs", "0"], "epochs must be at least 1 and less than inf, not 0"),
+    (["--epochs", "two"], "two"),
+    (["--lr", "-1"], "not -1.0"),
+    (["--lr", "nan"], "not nan"),
+    (["--n-train", "55001"], "55001"),
+    (["--optimizer", "lion"], "lion"),
+    (["--seeds", "0"], "--seeds must be at least 1, not 0"),
+    (["--only", "colour"], "colour"),
+    (["train", "--only", "init"], "init"),
+    (["--device", "tpu"], "tpu"),
+]
+OWN_BAD_FLAGS = {
+    "stage1_mlp": [
+        (["--hidden", "128", "0"], "(128, 0)"),
+        (["--dropout", "1"], "1.0"),
+        (["--activation", "swish"], "swish"),
+    ],
+    "stage2_rnn": [
+        (["--n-hidden", "0"], "n_hidden must be at least 1 and less than inf, not 0"),
+        (["--cell", "elman"], "elman"),
+        (["--reading", "spiral"], "spiral"),
+        (["--padding", "-1"], "not -1"),
+    ],
+}
+
+
+def test_a_bad_flag_is_one_line_and_exit_2(stage, capsys):
+    for flags, quoted in BAD_FLAGS + OWN_BAD_FLAGS[stage.__name__]:
+        with pytest.raises(SystemExit) as stopped:
+            stage.main(flags)
+        assert stopped.value.code == 2
+        error = capsys.readouterr().err
+        assert quoted in error
+        assert error.count("\n") == 1
+
+
+def test_the_users_epochs_win_over_a_jobs_steps(stage):
+    args, given = metrics.parse_command_line(
+        ["sweep", "--epochs", "2"], stage.__file__, "", stage.JOBS, stage.SWEEPS, stage.Config, stage.CHOICES
+    )
+    runs = metrics.plan(stage, "sweep", {}, given, ["init"], None)
+    assert {run.config.n_steps for run in runs} == {2 * math.ceil(55_000 / stage.Config().batch_size)}
+    assert args.only == list(stage.SWEEPS)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_device_that_is_not_there(stage, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        stage.main(["--device", "cuda"])
+    assert stopped.value.code == 2
+    assert "cuda" in capsys.readouterr().err
+
+
+@pytest.fixture
+def run_on(stage, tmp_path, capsys):
+    """Start a smoke run on a data folder that has something wrong: its exit status and its one line."""
+
+    def run(data_dir):
+        figures = tmp_path / "out"
+        code = stage.main(["train", "--smoke", "--quiet", "--data-dir", str(data_dir), "--figures-dir", str(figures)])
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert not figures.exists()  # nothing was begun
+        return code, error
+
+    return run
+
+
+def test_a_damaged_archive_is_named(stage, tmp_path, run_on):
+    name = SETS[stage.__name__][0]
+    shutil.copytree(ROOT / "data" / name, tmp_path / name)
+    archive = tmp_path / name / "raw" / "t10k-images-idx3-ubyte.gz"
+    damaged = bytearray(archive.read_bytes())
+    damaged[5000] ^= 1
+    archive.write_bytes(damaged)
+    code, error = run_on(tmp_path)
+    assert code == 1
+    assert str(archive) in error
+    assert dict(getattr(datasets, name).resources)["t10k-images-idx3-ubyte.gz"] in error
+
+
+def test_the_other_set_in_its_place_is_refused(stage, tmp_path, run_on):
+    own, other = SETS[stage.__name__]
+    shutil.copytree(ROOT / "data" / other, tmp_path / own)
+    code, error = run_on(tmp_path)
+    assert code == 1
+    assert f"not {own}'s" in error
+
+
+def test_the_other_sets_unpacked_files_are_refused(stage, tmp_path, run_on):
+    own, other = SETS[stage.__name__]
+    shutil.copytree(ROOT / "data" / other, tmp_path / other)
+    getattr(datasets, other)(str(tmp_path), download=True)
+    (tmp_path / own / "raw").mkdir(parents=True)
+    for path in (tmp_path / other / "raw").glob("*-ubyte"):
+        shutil.copy(path, tmp_path / own / "raw")
+    code, error = run_on(tmp_path)
+    assert code == 1
+    assert "0.286" in error
+    assert "0.1307" in error
+
+
+def test_a_truncated_unpacked_file_is_one_line(stage, tmp_path, run_on):
+    name = SETS[stage.__name__][0]
+    shutil.copytree(ROOT / "data" / name, tmp_path / name)
+    getattr(datasets, name)(str(tmp_path), download=True)
+    path = tmp_path / name / "raw" / "train-images-idx3-ubyte"
+    path.write_bytes(path.read_bytes()[:1000])
+    code, error = run_on(tmp_path)
+    assert code == 1
+    assert "-ubyte" in error
+
+
+def test_plot_without_rows_is_one_line(stage, tmp_path, capsys):
+    assert stage.main(["plot", "--figures-dir", str(tmp_path)]) == 1
+    assert str(tmp_path) in capsys.readouterr().err
+
+
+# ---- the prose ----
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_scores_in_the_prose_are_those_of_the_committed_rows(name, quoted_rows):
+    stage = importlib.import_module(name)
+    for experiment in stage.SELECTED.values():
+        rows, readme = quoted_rows(name.split("_")[0], "test_metrics", experiment)
+        assert len(rows) >= 5
+        for column in ("accuracy", "macro_f1"):
+            assert metrics.mean(row[column] for row in rows).percent() in readme
+        assert metrics.mean(row["accuracy"] for row in rows).percent() in stage.__doc__
+
+
+SWEPT = [(name, sweep) for name in NAMES for sweep in importlib.import_module(name).AXES]
+
+
+@pytest.mark.parametrize(("name", "experiment"), SWEPT)
+def test_what_the_prose_says_of_a_sweep_is_what_its_rows_show(name, experiment, quoted_rows):
+    rows, readme = quoted_rows(name.split("_")[0], "runs", experiment)
+    assert f": {metrics.finding(rows, importlib.import_module(name).AXES[experiment])}" in readme

@@ -1,49 +1,22 @@
-"""Stage 1 against torch's own modules, and its command line as a user meets it."""
+"""Stage 1 against torch's own modules."""
 
-import csv
-import json
 import math
-import os
-import shutil
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from sklearn import metrics as sklearn_metrics
 from torch import nn
 from torch.nn import functional as F
-from torchvision.datasets import MNIST
 
 import metrics
 import stage1_mlp as stage
 
-ROOT = Path(stage.__file__).parent
 SMALL = stage.Config(hidden=(9, 7), n_train=300, batch_size=32, steps=12, n_logs=3)
 
 
 @pytest.fixture(scope="session")
 def data():
     return stage.load_data(stage.Config())
-
-
-@pytest.fixture(scope="session")
-def smoke(tmp_path_factory):
-    """A smoke run of everything, as a user starts it: from another folder, without a display."""
-    folder = tmp_path_factory.mktemp("smoke")
-    environment = {name: value for name, value in os.environ.items() if name not in ("DISPLAY", "MPLBACKEND")}
-    command = [sys.executable, str(ROOT / "stage1_mlp.py"), "--smoke", "--figures-dir", str(folder / "out")]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return folder / "out" / "stage1", done.stdout
-
-
-def read(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def double_mlp(**sizes):
@@ -175,30 +148,6 @@ def test_initialisations():
 # ---- data ----
 
 
-def test_data_is_mnist_split_by_class(data):
-    assert [len(split.labels) for split in data] == [55_000, 5_000, 10_000]
-    whole = MNIST(str(ROOT / "data"), train=True)
-    assert torch.equal(data.train.labels.bincount() + data.val.labels.bincount(), whole.targets.bincount())
-    share = data.val.labels.bincount() / whole.targets.bincount()
-    torch.testing.assert_close(share, torch.full((10,), 1 / 12), rtol=0, atol=2e-4)
-    # together, the two splits are the 60,000 images, each once
-    ours = torch.cat([data.train.images, data.val.images]).mul(0.3081).add(0.1307).mul(255).round().byte()
-    mixed = torch.randint(1, 1 << 40, (784,), generator=torch.Generator().manual_seed(0))
-    ours, theirs = ((pixels.long() * mixed).sum(1) for pixels in (ours, whole.data.flatten(1)))
-    assert torch.equal(ours.sort().values, theirs.sort().values)
-    # and image and label still belong together
-    labels = dict(zip(theirs.tolist(), whole.targets.tolist(), strict=True))
-    assert [labels[key] for key in ours[:55_000].tolist()] == data.train.labels.tolist()
-
-
-def test_the_split_does_not_depend_on_the_run(data):
-    torch.manual_seed(123)
-    again = stage.load_data(stage.Config(seed=9, batch_size=3))
-    assert all(
-        torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels) for a, b in zip(data, again, strict=True)
-    )
-
-
 def test_raw_pixels(data):
     raw = stage.load_data(stage.Config(normalise=False))
     assert (raw.train.images.min(), raw.train.images.max()) == (0, 255)
@@ -270,37 +219,11 @@ def test_three_full_batch_steps_equal_gradient_descent_by_hand(data):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_one_batch_is_learned_by_heart(data):
-    config = replace(SMALL, hidden=(128, 256), n_train=64, batch_size=64, steps=150, label_smoothing=0.0)
-    model, history = stage.train(config, data)
-    assert history[-1]["train_loss"] < 1e-3
-    assert stage.evaluate(model, stage.Split(*(part[:64] for part in data.train)))["accuracy"] == 1
-
-
 @pytest.mark.parametrize("optimizer", stage.CHOICES["optimizer"])
 def test_every_optimizer_learns(data, optimizer):
     change = next(c for c in stage.SWEEPS["optimizer"] if c["optimizer"] == optimizer)
     _, history = stage.train(replace(SMALL, hidden=(32,), n_train=2000, steps=100, **change), data)
     assert history[-1]["val_accuracy"] > 0.7
-
-
-def test_the_same_seed_gives_the_same_history(data):
-    config = replace(SMALL, dropout=0.2, deform=1.0, clip=1.0)
-    histories = [stage.train(replace(config, seed=seed), data)[1] for seed in (3, 3, 4)]
-    first, second, other = ([{k: v for k, v in row.items() if k != "seconds"} for row in h] for h in histories)
-    assert first == second != other
-    assert list(histories[0][0]) == [
-        "step",
-        "epoch",
-        "train_loss",
-        "val_loss",
-        "val_accuracy",
-        "val_macro_f1",
-        "grad_norm",
-        "seconds",
-    ]
-    assert [row["step"] for row in first] == [4, 8, 12]
-    assert [row["epoch"] for row in first] == [0.4, 0.8, 1.2]  # 300 images are 10 batches of 32 at most
 
 
 def test_clipping_bounds_the_update(data):
@@ -312,47 +235,7 @@ def test_clipping_bounds_the_update(data):
     assert moved == pytest.approx(0.01 * stage.one_cycle(config, 0), rel=1e-3)
 
 
-def test_nothing_waits_for_the_device_between_log_rows(data, monkeypatch):
-    reads = []
-    for name in ("item", "__bool__", "__float__", "tolist", "cpu", "numpy"):
-        original = getattr(torch.Tensor, name)
-        monkeypatch.setattr(
-            torch.Tensor, name, lambda t, *a, original=original, **k: (reads.append(1), original(t, *a, **k))[1]
-        )
-    counted = []
-    for steps in (10, 50):
-        reads.clear()
-        stage.train(replace(SMALL, steps=steps, n_logs=1, deform=1.0), data)
-        counted.append(len(reads))
-    assert counted[0] == counted[1] > 0
-
-
-def test_a_loss_that_is_not_finite_ends_the_run_and_is_named(data):
-    config = replace(SMALL, optimizer="sgd", lr=1e30, warmup=0.0, steps=100, n_logs=10)
-    _, history = stage.train(config, data)
-    assert metrics.status(history) == "diverged"
-    assert len(history) < 10
-    tables = stage.execute(stage.Run("lr", "1e30", config), data, bar=None)
-    assert tables["runs"][0]["status"] == "diverged"
-
-
-def test_evaluate_equals_scikit_learn_and_leaves_the_model_as_it_was(data):
-    model = stage.build(stage.Config(dropout=0.5), torch.device("cpu"))
-    split = stage.Split(*(part[:700] for part in data.val))
-    result, again = stage.evaluate(model, split), stage.evaluate(model, split)
-    assert model.training
-    assert torch.equal(result.pop("confusion"), again.pop("confusion"))
-    assert result == again  # dropout is off
-    logits = model.eval()(split.images)
-    p, r, f, _ = sklearn_metrics.precision_recall_fscore_support(
-        split.labels, logits.argmax(1), labels=range(10), average="macro", zero_division=0
-    )
-    expected = {"accuracy": (logits.argmax(1) == split.labels).double().mean().item(), "macro_precision": p}
-    expected |= {"macro_recall": r, "macro_f1": f, "loss": F.cross_entropy(logits, split.labels).item()}
-    assert result == pytest.approx(expected, rel=1e-6)
-
-
-# ---- the command line ----
+# ---- names and prose ----
 
 
 def test_a_sweeps_values_are_called_by_what_tells_them_apart():
@@ -364,206 +247,8 @@ def test_a_sweeps_values_are_called_by_what_tells_them_apart():
     assert all(len(set(names)) == len(names) for names in labels.values())
 
 
-def test_smoke_makes_every_promised_file(smoke):
-    folder, printed = smoke
-    tables = ["runs", "history", "test_metrics", "confusion", "faults", "gradients", "benchmark"]
-    pictures = [f"{kind}_{name}" for kind in ("curves", "confusion") for name in ("baseline", "deformed")]
-    pictures += [f"sweep_{name}" for name in stage.SWEEPS] + ["faults", "fault_gradients", "benchmark"]
-    promised = {f"{name}.csv" for name in tables} | {f"{name}.png" for name in pictures}
-    assert {path.name for path in folder.iterdir()} == promised | {"summary.md", "environment.json"}
-    for name in pictures:
-        assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-        assert f"wrote {folder / name}.png" in printed
-    summary = (folder / "summary.md").read_text(encoding="utf-8")
-    assert all(f"({name}.png)" in summary for name in pictures)
-    runs = read(folder / "runs.csv")
-    assert {row["experiment"] for row in runs} == {"baseline", "deformed", "faults", *stage.SWEEPS}
-    assert {row["n_train"] for row in runs if row["experiment"] == "baseline"} == {str(stage.SMOKE["n_train"])}
-    jobs = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
-    assert jobs["baseline"]["command"].startswith("python stage1_mlp.py --smoke")
-
-
-def test_saved_test_scores_follow_from_the_saved_confusion(smoke):
-    folder, _ = smoke
-    cells = read(folder / "confusion.csv")
-    for row in read(folder / "test_metrics.csv"):
-        mine = [c for c in cells if (c["experiment"], c["seed"]) == (row["experiment"], row["seed"])]
-        target = np.repeat([int(c["true"]) for c in mine], [int(c["count"]) for c in mine])
-        predicted = np.repeat([int(c["predicted"]) for c in mine], [int(c["count"]) for c in mine])
-        assert len(target) == 10_000
-        assert float(row["accuracy"]) == pytest.approx((target == predicted).mean(), rel=1e-5)
-        macro_f1 = sklearn_metrics.f1_score(target, predicted, average="macro")
-        assert float(row["macro_f1"]) == pytest.approx(macro_f1, rel=1e-5)
-
-
-def test_plot_draws_the_same_summary_again(smoke, tmp_path):
-    shutil.copytree(smoke[0], tmp_path / "stage1")
-    (tmp_path / "stage1" / "summary.md").unlink()
-    assert stage.main(["plot", "--figures-dir", str(tmp_path)]) == 0
-    assert (tmp_path / "stage1" / "summary.md").read_bytes() == (smoke[0] / "summary.md").read_bytes()
-
-
-def test_resume_gives_the_rows_of_an_uninterrupted_run(tmp_path, monkeypatch, capsys):
-    command = ["sweep", "--smoke", "--only", "depth", "init", "--seeds", "2", "--quiet", "--figures-dir"]
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert stage.main([*command, str(whole)]) == 0
-
-    calls, train = [], stage.train
-
-    def interrupted(config, data, bar=None):
-        calls.append(config)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return train(config, data, bar)
-
-    monkeypatch.setattr(stage, "train", interrupted)
-    assert stage.main([*command, str(broken)]) == 130
-    assert "--resume" in capsys.readouterr().err
-    assert not (broken / "stage1" / "runs.csv").exists()
-    assert stage.main([*command, str(broken), "--resume"]) == 0
-    assert len(calls) == 4 + 5  # the three runs that had ended were not repeated
-    for table in ("runs", "history"):
-        rows = [
-            [{k: v for k, v in r.items() if k != "seconds"} for r in read(f / "stage1" / f"{table}.csv")]
-            for f in (whole, broken)
-        ]
-        assert rows[0] == rows[1]
-        assert len(rows[0]) == (8 if table == "runs" else 16)
-    assert not list((broken / "stage1").glob("*unfinished*"))
-
-
-@pytest.mark.parametrize(
-    ("flags", "quoted"),
-    [
-        (["trian"], "trian"),
-        (["--bogus"], "--bogus"),
-        (["--epochs", "0"], "epochs must be at least 1 and less than inf, not 0"),
-        (["--epochs", "two"], "two"),
-        (["--lr", "-1"], "not -1.0"),
-        (["--lr", "nan"], "not nan"),
-        (["--hidden", "128", "0"], "(128, 0)"),
-        (["--dropout", "1"], "1.0"),
-        (["--n-train", "55001"], "55001"),
-        (["--activation", "swish"], "swish"),
-        (["--optimizer", "lion"], "lion"),
-        (["--seeds", "0"], "--seeds must be at least 1, not 0"),
-        (["--only", "colour"], "colour"),
-        (["train", "--only", "depth"], "depth"),
-        (["--device", "tpu"], "tpu"),
-    ],
-)
-def test_a_bad_flag_is_one_line_and_exit_2(flags, quoted, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        stage.main(flags)
-    assert stopped.value.code == 2
-    error = capsys.readouterr().err
-    assert quoted in error
-    assert error.count("\n") == 1
-
-
-def test_the_users_epochs_win_over_a_jobs_steps():
-    args, given = metrics.parse_command_line(
-        ["sweep", "--epochs", "2"], stage.__file__, "", stage.JOBS, stage.SWEEPS, stage.Config, stage.CHOICES
-    )
-    runs = stage.plan("sweep", {}, given, ["depth"], None)
-    assert {run.config.n_steps for run in runs} == {2 * math.ceil(55_000 / 128)}
-    assert args.only == list(stage.SWEEPS)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_a_device_that_is_not_there(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        stage.main(["--device", "cuda"])
-    assert stopped.value.code == 2
-    assert "cuda" in capsys.readouterr().err
-
-
-def run_on(data_dir, figures, capsys):
-    code = stage.main(["train", "--smoke", "--quiet", "--data-dir", str(data_dir), "--figures-dir", str(figures)])
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert not figures.exists()  # nothing was begun
-    return code, error
-
-
-def test_a_damaged_archive_is_named(tmp_path, capsys):
-    shutil.copytree(ROOT / "data" / "MNIST", tmp_path / "MNIST")
-    archive = tmp_path / "MNIST" / "raw" / "t10k-images-idx3-ubyte.gz"
-    damaged = bytearray(archive.read_bytes())
-    damaged[5000] ^= 1
-    archive.write_bytes(damaged)
-    code, error = run_on(tmp_path, tmp_path / "out", capsys)
-    assert code == 1
-    assert str(archive) in error
-    assert "9fb629c4189551a2d022fa330f9573f3" in error
-
-
-def test_fashion_mnist_in_mnists_place_is_refused(tmp_path, capsys):
-    shutil.copytree(ROOT / "data" / "FashionMNIST", tmp_path / "MNIST")
-    code, error = run_on(tmp_path, tmp_path / "out", capsys)
-    assert code == 1
-    assert "not MNIST's" in error
-
-
-def test_fashion_mnists_unpacked_files_are_refused(tmp_path, capsys):
-    from torchvision.datasets import FashionMNIST
-
-    shutil.copytree(ROOT / "data" / "FashionMNIST", tmp_path / "FashionMNIST")
-    FashionMNIST(str(tmp_path), download=True)
-    (tmp_path / "MNIST" / "raw").mkdir(parents=True)
-    for path in (tmp_path / "FashionMNIST" / "raw").glob("*-ubyte"):
-        shutil.copy(path, tmp_path / "MNIST" / "raw")
-    code, error = run_on(tmp_path, tmp_path / "out", capsys)
-    assert code == 1
-    assert "0.286" in error
-    assert "0.1307" in error
-
-
-def test_a_truncated_unpacked_file_is_one_line(tmp_path, capsys):
-    shutil.copytree(ROOT / "data" / "MNIST", tmp_path / "MNIST")
-    MNIST(str(tmp_path), download=True)
-    path = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte"
-    path.write_bytes(path.read_bytes()[:1000])
-    code, error = run_on(tmp_path, tmp_path / "out", capsys)
-    assert code == 1
-    assert "-ubyte" in error
-
-
-def test_plot_without_rows_is_one_line(tmp_path, capsys):
-    assert stage.main(["plot", "--figures-dir", str(tmp_path)]) == 1
-    assert str(tmp_path) in capsys.readouterr().err
-
-
-# ---- the prose ----
-
-
-def quoted_rows(table, experiment):
-    """The committed rows of an experiment and the README; skips if a later run than the README's lies in figures/."""
-    folder = ROOT / "figures" / "stage1"
-    commit = json.loads((folder / "environment.json").read_text(encoding="utf-8"))[experiment]["commit"]
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    if f"`{commit}`" not in readme:
-        pytest.skip(f"figures/ holds a run of {commit}, which the README does not quote")
-    return [row for row in read(folder / f"{table}.csv") if row["experiment"] == experiment], readme
-
-
-@pytest.mark.parametrize("experiment", ["baseline", "deformed"])
-def test_the_scores_in_the_prose_are_those_of_the_committed_rows(experiment):
-    rows, readme = quoted_rows("test_metrics", experiment)
-    assert len(rows) >= 5
-    for column in ("accuracy", "macro_f1"):
-        assert metrics.mean(row[column] for row in rows).percent() in readme
-    assert metrics.mean(row["accuracy"] for row in rows).percent() in stage.__doc__
-
-
-@pytest.mark.parametrize("experiment", stage.AXES)
-def test_what_the_prose_says_of_a_sweep_is_what_its_rows_show(experiment):
-    rows, readme = quoted_rows("runs", experiment)
-    assert f": {metrics.finding(rows, stage.AXES[experiment])}" in readme
-
-
-def test_the_speeds_in_the_prose_are_those_of_the_committed_rows():
-    rows, readme = quoted_rows("benchmark", "benchmark")
+def test_the_speeds_in_the_prose_are_those_of_the_committed_rows(quoted_rows):
+    rows, readme = quoted_rows("stage1", "benchmark", "benchmark")
     ratio = {(row["group"], row["name"]): float(row["ratio"]) for row in rows}
     assert f"{ratio['images/s', 'ours']:.1f} times as fast as through `ToTensor`" in readme
     report = ratio["reports/s, a million predictions", "our matrix and report"]

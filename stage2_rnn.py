@@ -1,0 +1,600 @@
+"""Stage 2: an RNN (循环神经网络), a GRU and an LSTM made of nn.Linear read Fashion-MNIST images row by row.
+
+Test accuracy TODO % with one plain layer, TODO % with a GRU, TODO % with an LSTM: 5 seeds each, 2 CPU cores.
+
+    python stage2_rnn.py                 all but the long GRU and LSTM runs: train, sweep, faults, benchmark, pictures
+    python stage2_rnn.py train           the plain RNN, one layer of 256 units, 5 seeds, with a report per class
+    python stage2_rnn.py gru             the same with a GRU; lstm: with an LSTM
+    python stage2_rnn.py sweep --only cell memory --seeds 3
+    python stage2_rnn.py faults          what goes wrong in training: provoked, measured, mended
+    python stage2_rnn.py benchmark       speed of a training step, against nn.RNN, nn.GRU and nn.LSTM
+    python stage2_rnn.py plot            draw figures/stage2/ again from its saved rows
+
+Axis letters in shape comments: B batch, T steps, F features of a step, H hidden units, G gates of a cell, N images.
+"""
+
+import functools
+import itertools
+import math
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+import metrics
+from metrics import Data, Fault, Run, Split, batches, one_cycle, parameter_groups
+
+# -------- 2. Config --------------------------------------------------------------------------------------------------
+
+CLASSES = ["T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
+SCALES = {"fashion_mnist": (0.2860, 0.3530), "mnist": (0.1307, 0.3081)}  # mean, std of training pixels of 0 … 1
+N_TRAIN, N_VAL = 55_000, 5_000  # of Fashion-MNIST's 60,000 training images; its 10,000 test images stay whole
+OPTIMIZERS = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
+CHOICES = {
+    "cell": ["rnn", "rnn_relu", "gru", "lstm"],
+    "init": ["default", "orthogonal", "identity", "large"],
+    "reading": ["rows", "columns", "two_rows", "patches"],
+    "readout": ["last", "mean"],
+    "normalise": list(SCALES),
+    "optimizer": list(OPTIMIZERS),
+}
+LIMITS = {  # each value is at least the first and less than the second
+    **dict.fromkeys(("n_hidden", "n_layers", "batch_size", "epochs", "n_logs"), (1, math.inf)),
+    **dict.fromkeys(("padding", "weight_decay", "clip", "steps"), (0, math.inf)),
+    **dict.fromkeys(("label_smoothing", "warmup"), (0, 1)),
+    **{"n_train": (1, N_TRAIN + 1), "seed": (0, 2**32), "lr": (1e-12, math.inf)},
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    cell: str = "rnn_relu"  # the plain RNN's, with tanh or ReLU, or a gated one
+    n_hidden: int = 256  # units of a layer, in each direction
+    n_layers: int = 1
+    bidirectional: bool = False  # read each sequence backwards as well
+    init: str = "identity"  # of W_hh, see initialise
+    reading: str = "rows"  # how an image becomes a sequence, see sequences
+    readout: str = "last"  # what is classified: the state after the last step, or the mean of all steps' outputs
+    padding: int = 0  # steps of zeros after each sequence
+    crop: bool = False  # only the rows that show the garment: sequences of unequal length
+    lengths: bool = False  # tell the network where each sequence ends
+    normalise: str = "fashion_mnist"  # the data set whose mean and std scale the pixels
+    label_smoothing: float = 0.1  # share of the target that is spread evenly over all classes
+    optimizer: str = "adamw"
+    lr: float = 1e-3  # the highest learning rate of the schedule
+    weight_decay: float = 0.3  # of weights, not of biases
+    warmup: float = 0.3  # share of the run in which the learning rate rises; it falls along a cosine after
+    clip: float = 1.0  # largest gradient norm; 0 switches clipping off
+    batch_size: int = 256
+    epochs: int = 20  # passes over the training images
+    steps: int = 0  # number of updates, whatever epochs says; 0 leaves it to epochs
+    n_train: int = N_TRAIN  # training images used
+    n_logs: int = 30  # evaluations on the validation images during a run
+    seed: int = 0  # of weights and batch order; never of the validation split
+
+    def __post_init__(self):
+        metrics.check_config(self, CHOICES, LIMITS)
+
+    @property
+    def n_steps(self) -> int:
+        return self.steps or self.epochs * math.ceil(self.n_train / self.batch_size)
+
+
+SUITED = {"rnn": "orthogonal", "rnn_relu": "identity", "gru": "orthogonal", "lstm": "orthogonal"}  # W_hh of each cell
+# a sweep is a list of changes to its base Config; to add one, add its list here and what it varies below
+# fmt: off
+SWEEPS: dict[str, list[dict]] = {
+    "cell": [{"cell": cell, "init": init} for cell, init in SUITED.items()],
+    "hidden": [{"n_hidden": n} for n in (16, 32, 64, 128, 256)],
+    "layers": [{"n_layers": n} for n in (1, 2, 3)],
+    "direction": [{"bidirectional": both} for both in (False, True)],
+    "steps": [{"steps": n} for n in (100, 300, 1000, 3000)],
+    "lr": [{"lr": lr, "clip": clip} for lr in (3e-4, 1e-3, 3e-3, 1e-2) for clip in (0.0, 1.0)],
+    "init": [{"cell": cell, "init": init} for cell in ("rnn", "rnn_relu") for init in CHOICES["init"][:3]],
+    "reading": [{"reading": reading} for reading in CHOICES["reading"]],
+    "readout": [{"readout": readout} for readout in CHOICES["readout"]],
+    "memory": [{"cell": cell, "init": init, "padding": n, "n_hidden": 64, "steps": 300}  # who remembers the image?
+               for cell, init in SUITED.items() for n in (0, 28, 112, 448)],
+}
+AXES = {
+    "cell": "cell", "hidden": "hidden units", "layers": "layers", "direction": "both directions",
+    "steps": "training steps, each its own run", "lr": "learning rate and clipping", "init": "cell and W_hh",
+    "reading": "how the image is read", "readout": "what is classified", "memory": "cell, and empty steps at the end",
+}
+# fmt: on
+# what a job changes in the Config before the user's flags do, and how many seeds it runs
+JOBS: dict[str, tuple[dict, int]] = {
+    "train": ({}, 5),
+    "gru": ({"cell": "gru", "init": "orthogonal", "lr": 2e-3}, 5),
+    "lstm": ({"cell": "lstm", "init": "orthogonal", "lr": 2e-3}, 5),
+    "sweep": ({"n_hidden": 128, "steps": 600, "n_logs": 10}, 1),
+    "faults": ({"n_hidden": 64, "steps": 300, "n_logs": 20}, 1),
+}
+SELECTED = {"train": "rnn", "gru": "gru", "lstm": "lstm"}  # jobs whose models see the test images, and as what
+LONG, MINUTES, REPEATS = ["gru", "lstm"], 15, 5  # jobs that `all` leaves out, its minutes, repeats of the benchmark
+SMOKE = {"n_hidden": 8, "n_train": 640, "batch_size": 128, "steps": 2, "n_logs": 2}
+
+
+# -------- 3. Data ----------------------------------------------------------------------------------------------------
+
+
+def load_data(config: Config, device: torch.device | str = "cpu", data_dir: Path = metrics.HERE / "data") -> Data:
+    """Fashion-MNIST whole on the device: 55,000 / 5,000 / 10,000 images, scaled as the Config says.
+
+    The split is always the same, see metrics.stratified. metrics.DataError if the images cannot be had, or are others.
+    """
+    (pixels, labels), test = metrics.read_images("FashionMNIST", data_dir, *SCALES["fashion_mnist"])
+    kept, val = metrics.stratified(labels, N_VAL, seed=2017)
+    mean, std = SCALES[config.normalise]
+    parts = ((pixels[kept], labels[kept]), (pixels[val], labels[val]), test)
+    return Data(*(Split(((p.float() / 255 - mean) / std).to(device), y.to(device)) for p, y in parts))
+
+
+def sequences(images: Tensor, config: Config) -> tuple[Tensor, Tensor | None]:
+    """Images (B, 28, 28) as the Config reads them: sequences (B, T, F), and their lengths (B,) if it tells them.
+
+    "rows" from top to bottom; "columns" from left to right; "two_rows" at a step, T = 14; "patches" of 7 × 4 pixels,
+    28 of them, row by row. Cropped sequences begin with the garment's first row (or column, …) and end with its last.
+    """
+    x = {
+        "rows": lambda: images,
+        "columns": lambda: images.mT,
+        "two_rows": lambda: images.reshape(-1, 14, 56),
+        "patches": lambda: images.reshape(-1, 4, 7, 7, 4).transpose(2, 3).reshape(-1, 28, 28),
+    }[config.reading]()
+    B, T, _ = x.shape
+    lengths = torch.full((B,), T, device=x.device)
+    if config.crop:
+        shown = (x > images.min()).any(2).int()  # (B, T): does the step show anything of the garment?
+        first, lengths = shown.argmax(1), T - shown.flip(1).argmax(1) - shown.argmax(1)
+        turned = (first[:, None] + torch.arange(T, device=x.device)) % T
+        x = x.take_along_dim(turned[:, :, None], 1)  # empty steps all at the end
+    return F.pad(x, (0, 0, 0, config.padding)), lengths if config.lengths else None
+
+
+# -------- 4. Model ---------------------------------------------------------------------------------------------------
+
+ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # a private name, so it may be gone one day
+sigmoid_backward = torch.ops.aten.sigmoid_backward  # (g, y) -> g y (1 − y)
+tanh_backward = torch.ops.aten.tanh_backward  # (g, y) -> g (1 − y²)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a bᵀ: (M, K), (N, K) -> (M, N); on the CPU by oneDNN, which uses an AMD's AVX-512; torch's default does not."""
+    if ONEDNN is not None and a.device.type == "cpu" and a.dtype == torch.float32:
+        return ONEDNN(a, b, None, "none", [], "")
+    return a @ b.mT
+
+
+def tanh_(x: Tensor) -> Tensor:
+    """tanh in place; on the CPU as 2σ(2x) − 1, because torch's sigmoid is several times as fast as its tanh there."""
+    return x.mul_(2.0).sigmoid_().mul_(2.0).sub_(1.0) if x.device.type == "cpu" else x.tanh_()
+
+
+class Cell(nn.Module):
+    """What the cells share. forward(x, state): x (B, n_in), state (B, n_hidden) or None, zeros -> the next state.
+
+    Inside, a column is a sequence, so that W @ h reads as in the equations and a gate is one block of memory.
+    step(p, W, b, old, new): turns p = W_xh x + b (G·H, B) into the gates, fills `new`, returns what `back` also needs.
+    back(grad, p, kept, old, new, d, W_back): from grad = ∂L/∂new fills d = ∂L/∂p, returns ∂L/∂(W_hh h) and ∂L/∂old.
+    """
+
+    n_gates, n_parts, recurrent_bias = 1, 1, False  # n_parts: an LSTM's state is a pair
+
+    def __init__(self, n_in: int, n_hidden: int):
+        super().__init__()
+        if min(n_in, n_hidden) < 1:
+            raise ValueError(f"a cell needs at least one input and one unit, not {n_in=}, {n_hidden=}")
+        self.W_xh = nn.Linear(n_in, self.n_gates * n_hidden)
+        self.W_hh = nn.Linear(n_hidden, self.n_gates * n_hidden, bias=self.recurrent_bias)
+
+    def forward(self, x: Tensor, state=None):
+        if x.ndim != 2 or x.shape[1] != self.W_xh.in_features:
+            raise ValueError(f"a step (B, {self.W_xh.in_features}) expected, not shape {tuple(x.shape)}")
+        _, *new = self.scan(x.mT[None], self.parts(state, (len(x), self.W_hh.in_features), x))
+        return tuple(new) if self.n_parts > 1 else new[0]
+
+    def scan(self, x: Tensor, state, valid: Tensor | None = None) -> tuple[Tensor, ...]:
+        """All steps: x (T, F, B), each part of the state (B, H) -> outputs (T, H, B), each part of the last (B, H)."""
+        weights = (self.W_xh.weight, self.W_xh.bias, self.W_hh.weight, self.W_hh.bias)
+        outputs, *last = Scan.apply(self, x, valid, *weights, *(part.mT for part in state))
+        return outputs, *(part.mT for part in last)
+
+    def parts(self, state, shape: tuple[int, ...], x: Tensor) -> tuple[Tensor, ...]:
+        """The parts of a state, each of that shape; zeros if there is none."""
+        parts = (x.new_zeros(shape),) * self.n_parts if state is None else state
+        parts = tuple(parts) if isinstance(parts, tuple | list) else (parts,)
+        if (shapes := [tuple(part.shape) for part in parts]) != [shape] * self.n_parts:
+            raise ValueError(f"a state of {self.n_parts} × {shape} expected, not of shapes {shapes}")
+        return parts
+
+
+class RNNCell(Cell):
+    """h' = act(W_xh x + b + W_hh h), act tanh or relu (Elman 1990). b is the sum of nn.RNN's bias_ih and bias_hh."""
+
+    def __init__(self, n_in: int, n_hidden: int, activation: str = "tanh"):
+        super().__init__(n_in, n_hidden)
+        if activation not in ("tanh", "relu"):
+            raise ValueError(f"activation must be tanh or relu, not {activation!r}")
+        self.act = tanh_ if activation == "tanh" else torch.relu_
+
+    def step(self, p, W, b, old, new):
+        self.act(torch.add(p, product(W, old[0].mT), out=new[0]))
+
+    def back(self, grad, p, kept, old, new, d, W_back):
+        slope = 1 - new[0] ** 2 if self.act is tanh_ else new[0] > 0
+        torch.mul(grad[0], slope, out=d)
+        return d, [product(W_back, d.mT)]
+
+
+class GRUCell(Cell):
+    """The gated recurrent unit (Cho 2014), with nn.GRU's conventions: the reset gate comes after the product.
+
+        r = σ(W_xr x + b_r + W_hr h)        z = σ(W_xz x + b_z + W_hz h)
+        n = tanh(W_xn x + b_n + r ⊙ (W_hn h + b_hn))        h' = (1 − z) ⊙ n + z ⊙ h
+
+    Rows of W_xh and W_hh, and of their biases: r, z, n, as in nn.GRU's weight_ih and weight_hh.
+    """
+
+    n_gates, recurrent_bias = 3, True
+
+    def step(self, p, W, b, old, new):
+        (h,), two = old, 2 * len(old[0])  # r and z
+        q = product(W, h.mT).add_(b[:, None])
+        r, z = p[:two].add_(q[:two]).sigmoid_().chunk(2)
+        q_n = q[two:].clone()  # and the rest of q can go
+        torch.lerp(tanh_(p[two:].addcmul_(r, q_n)), h, z, out=new[0])
+        return q_n
+
+    def back(self, grad, p, q_n, old, new, d, W_back):
+        (grad,), (h,), two, (r, z, n), (d_r, d_z, d_n) = grad, old, 2 * len(old[0]), p.chunk(3), d.chunk(3)
+        straight = grad * z
+        tanh_backward.grad_input(grad - straight, n, grad_input=d_n)
+        torch.mul(d_n, q_n, out=d_r)
+        torch.mul(grad, h - n, out=d_z)
+        sigmoid_backward.grad_input(d[:two], p[:two], grad_input=d[:two])
+        d_q = torch.cat([d[:two], d_n * r])
+        return d_q, [straight.add_(product(W_back, d_q.mT))]
+
+
+class LSTMCell(Cell):
+    """Long short-term memory (Hochreiter and Schmidhuber 1997; the forget gate: Gers 2000). A state is a pair (h, c).
+
+        i, f, o = σ(W_x x + b + W_h h), each with its own weights        g = tanh(W_xg x + b_g + W_hg h)
+        c' = f ⊙ c + i ⊙ g        h' = o ⊙ tanh(c')
+
+    Rows of W_xh and W_hh: i, f, g, o, as in nn.LSTM's; b is the sum of its two biases.
+    """
+
+    n_gates, n_parts = 4, 2
+
+    def step(self, p, W, b, old, new):
+        (h, c), (h_new, c_new) = old, new
+        i, f, g, o = p.add_(product(W, h.mT)).chunk(4)
+        g.mul_(2.0)  # tanh(g) = 2σ(2g) − 1: one call serves all gates
+        p.sigmoid_()
+        g.mul_(2.0).sub_(1.0)
+        tanh_c = tanh_(torch.mul(f, c, out=c_new).addcmul_(i, g).clone())
+        torch.mul(o, tanh_c, out=h_new)
+        return tanh_c
+
+    def back(self, grad, p, tanh_c, old, new, d, W_back):
+        (grad_h, grad_c), c, two = grad, old[1], 2 * len(old[0])
+        (i, f, g, o), (d_i, d_f, d_g, d_o) = p.chunk(4), d.chunk(4)
+        grad_c = tanh_backward(grad_h * o, tanh_c).add_(grad_c)
+        torch.mul(grad_c, g, out=d_i)
+        torch.mul(grad_c, c, out=d_f)
+        sigmoid_backward.grad_input(d[:two], p[:two], grad_input=d[:two])
+        tanh_backward.grad_input(grad_c * i, g, grad_input=d_g)
+        sigmoid_backward.grad_input(grad_h * tanh_c, o, grad_input=d_o)
+        return d, [product(W_back, d.mT), grad_c.mul_(f)]
+
+
+class Scan(torch.autograd.Function):
+    """A cell over all steps, and back-propagation through time (BPTT, 随时间反向传播; Werbos 1990) by hand.
+
+    Faster than autograd: gates are computed where their inputs were; the inputs' products are one before the loop,
+    their gradients one after. Where valid (T, 1, B) is False, past its end, a sequence's state and gradient stand.
+    """
+
+    @staticmethod
+    def forward(ctx, cell, x, valid, W_xh, b_xh, W_hh, b_hh, *state):
+        gates = torch.baddbmm(b_xh[:, None], W_xh.expand(len(x), -1, -1), x)  # (T, G·H, B)
+        states = [torch.cat([part[None], part.new_empty(len(x), *part.shape)]) for part in state]  # (T + 1, H, B)
+        at, kept = list(zip(*states, strict=True)), []  # at[t]: the state before step t
+        for t, p in enumerate(gates):
+            kept.append(cell.step(p, W_hh, b_hh, at[t], at[t + 1]))
+            for old, new in zip(at[t], at[t + 1], strict=True) if valid is not None else ():
+                torch.where(valid[t], new, old, out=new)
+        ctx.cell, ctx.kept = cell, kept
+        ctx.save_for_backward(x, valid, W_xh, W_hh, b_hh, gates, *states)
+        ctx.set_materialize_grads(False)  # what the loss does not use has no gradient, rather than one of zeros
+        return states[0][1:], *(part[-1].clone() for part in states)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_outputs, *grad):
+        x, valid, W_xh, W_hh, b_hh, gates, *states = ctx.saved_tensors
+        at, W_back = list(zip(*states, strict=True)), W_hh.mT.contiguous()
+        grad = [torch.zeros_like(part[0]) if g is None else g for g, part in zip(grad, states, strict=True)]
+        d, dW_hh, db_hh = torch.empty_like(gates), torch.zeros_like(W_hh), W_hh.new_zeros(len(W_hh))
+        for t in reversed(range(len(x))):
+            if grad_outputs is not None:
+                grad[0] = grad[0] + grad_outputs[t]
+            after = grad
+            if valid is not None:
+                grad = [g.masked_fill(~valid[t], 0) for g in grad]
+            d_q, grad = ctx.cell.back(grad, gates[t], ctx.kept[t], at[t], at[t + 1], d[t], W_back)
+            if valid is not None:
+                grad = [g + a.masked_fill(valid[t], 0) for g, a in zip(grad, after, strict=True)]
+            dW_hh += product(d_q, at[t][0])
+            if b_hh is not None:
+                db_hh += d_q.sum(1)
+        dx = W_xh.mT @ d if ctx.needs_input_grad[1] else None  # (T, F, B)
+        return None, dx, None, (d @ x.mT).sum(0), d.sum((0, 2)), dW_hh, None if b_hh is None else db_hh, *grad
+
+
+class Recurrent(nn.Module):
+    """Layers of cells over whole sequences, of any length, in one direction or both; nn.RNN, nn.GRU or nn.LSTM by hand.
+
+    forward(x, lengths, state): x (B, T, n_in); lengths (B,) of 1 … T, None is T for all; state (C, B, n_hidden) for the
+    C cells, layer by layer and forwards before backwards; None is zeros -> outputs (B, T, n_hidden · directions), zero
+    past a sequence's end, and the state after each sequence's last step. An LSTM's state is a pair of such tensors.
+    What x holds past the end has no influence. ValueError on any other shape, with the value.
+    """
+
+    def __init__(self, cell="rnn", n_in=28, n_hidden=128, n_layers=1, bidirectional=False):
+        super().__init__()
+        if cell not in CELLS or n_layers < 1:
+            raise ValueError(f"at least one layer of {', '.join(CELLS)} expected, not {n_layers=}, {cell=}")
+        self.n_directions = 2 if bidirectional else 1
+        sizes = [n_in] + [self.n_directions * n_hidden] * (n_layers - 1)
+        self.cells = nn.ModuleList(CELLS[cell](size, n_hidden) for size in sizes for _ in range(self.n_directions))
+
+    def forward(self, x: Tensor, lengths=None, state=None):
+        cell, n, valid = self.cells[0], self.n_directions, None
+        if x.ndim != 3 or x.shape[1] == 0 or x.shape[2] != cell.W_xh.in_features:
+            raise ValueError(f"sequences (B, T, {cell.W_xh.in_features}), T >= 1, expected, not {tuple(x.shape)}")
+        B, T, _ = x.shape
+        parts = cell.parts(state, (len(self.cells), B, cell.W_hh.in_features), x)
+        x, step = x.permute(1, 2, 0), torch.arange(T, device=x.device)[:, None, None]  # (T, F, B), (T, 1, 1)
+        backwards = T - 1 - step  # the step to read in its place
+        if lengths is not None:
+            lengths = torch.as_tensor(lengths, device=x.device)
+            if lengths.shape != (B,) or lengths.is_floating_point() or ((lengths < 1) | (lengths > T)).any():
+                raise ValueError(f"lengths must be {B} whole numbers in 1 … {T}, not {lengths.tolist()}")
+            valid = step < lengths  # (T, 1, B)
+            x = x.masked_fill(~valid, 0)
+            backwards = torch.where(valid, lengths - 1 - step, step)  # padding stays behind, where nothing reads it
+        last = []
+        for layer in range(0, len(self.cells), n):
+            outputs = []
+            for i in range(layer, layer + n):
+                turn = (lambda y: y.take_along_dim(backwards, 0)) if i > layer else lambda y: y
+                y, *end = self.cells[i].scan(turn(x), [part[i] for part in parts], valid)
+                outputs.append(turn(y))
+                last.append(end)
+            x = torch.cat(outputs, 1) if n > 1 else outputs[0]  # (T, n·H, B)
+            x = x if valid is None else x.masked_fill(~valid, 0)
+        state = tuple(torch.stack(part) for part in zip(*last, strict=True))
+        return x.permute(2, 0, 1), state if len(state) > 1 else state[0]
+
+
+CELLS = {"rnn": RNNCell, "rnn_relu": functools.partial(RNNCell, activation="relu"), "gru": GRUCell, "lstm": LSTMCell}
+
+
+class RecurrentClassifier(nn.Module):
+    """Recurrent layers, then one linear layer on the last state ("last") or on the mean of the outputs ("mean").
+
+    forward(x, lengths): sequences (B, T, n_in), their lengths as for Recurrent -> logits (B, n_classes).
+    """
+
+    def __init__(
+        self, cell="rnn", n_in=28, n_hidden=128, n_layers=1, n_classes=10, bidirectional=False, readout="last"
+    ):
+        super().__init__()
+        if readout not in CHOICES["readout"]:
+            raise ValueError(f"readout must be one of {', '.join(CHOICES['readout'])}, not {readout!r}")
+        self.recurrent = Recurrent(cell, n_in, n_hidden, n_layers, bidirectional)
+        self.out = nn.Linear(n_hidden * self.recurrent.n_directions, n_classes)
+        self.readout = readout
+
+    def forward(self, x: Tensor, lengths=None) -> Tensor:
+        outputs, state = self.recurrent(x, lengths)
+        if self.readout == "mean":
+            steps = x.shape[1] if lengths is None else torch.as_tensor(lengths, device=x.device)[:, None]
+            return self.out(outputs.sum(1) / steps)
+        return self.of_state(state)
+
+    def of_state(self, state) -> Tensor:
+        h = state[0] if isinstance(state, tuple) else state
+        return self.out(torch.cat([*h[-self.recurrent.n_directions :]], 1))  # the top layer's, of each direction
+
+
+@torch.no_grad()
+def initialise(model: RecurrentClassifier, init: str) -> None:
+    """Draw W_hh anew, gate by gate, and set b to 0; "default" keeps nn.Linear's U(±1 / √n_hidden), as nn.RNN has it.
+
+    "orthogonal" keeps the length of what passes (Saxe 2014), "large" doubles it, "identity" is for ReLU (Le 2015).
+    """
+    for cell in model.recurrent.cells if init != "default" else ():
+        nn.init.zeros_(cell.W_xh.bias)
+        for gate in cell.W_hh.weight.chunk(cell.n_gates):
+            nn.init.eye_(gate) if init == "identity" else nn.init.orthogonal_(gate, 2.0 if init == "large" else 1.0)
+
+
+# -------- 5. Training ------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, split: Split) -> dict:
+    """Loss (nats), accuracy, macro precision, recall and F1 (0 … 1), and the confusion matrix."""
+    logits = torch.cat([model(images) for images in split.images.split(1000)])  # all at once, long sequences need GiBs
+    matrix = metrics.confusion_matrix(logits.argmax(1), split.labels, logits.shape[1])
+    return metrics.scores(matrix) | {"loss": F.cross_entropy(logits, split.labels).item(), "confusion": matrix}
+
+
+def build(config: Config, device: torch.device) -> RecurrentClassifier:
+    """The Config's network, on the device, with weights drawn from the Config's seed: images (B, 28, 28) -> logits."""
+    torch.manual_seed(config.seed)
+    sizes = (sequences(torch.zeros(1, 28, 28), config)[0].shape[2], config.n_hidden, config.n_layers, len(CLASSES))
+    model = RecurrentClassifier(config.cell, *sizes, config.bidirectional, config.readout)
+    model.register_forward_pre_hook(lambda model, images: sequences(*images, config))  # what it is called with
+    initialise(model, config.init)
+    return model.to(device)
+
+
+def train(config: Config, data: Data, bar: tqdm | None = None) -> tuple[RecurrentClassifier, list[dict]]:
+    """Train the Config's network: the model, and a history row for each of n_logs evenly spaced steps.
+
+    A row's train_loss is the mean since the row before. Between rows nothing waits for the device. A loss that is not
+    finite ends the run at the next row, which then holds it. The bar, if any, moves by one a step.
+    """
+    images, labels = (part[: config.n_train] for part in data.train)
+    device = images.device
+    model = build(config, device)
+    optimizer = OPTIMIZERS[config.optimizer](parameter_groups(model, config.weight_decay), lr=config.lr, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, functools.partial(one_cycle, config))
+    n_steps = config.n_steps
+    logged = {math.ceil(n_steps * (i + 1) / config.n_logs) for i in range(config.n_logs)}
+    history, since, loss_sum, start = [], 0, torch.zeros((), device=device), time.perf_counter()
+
+    for step, batch in zip(range(1, n_steps + 1), batches(len(images), config, device), strict=False):
+        x, y = images.index_select(0, batch), labels.index_select(0, batch)  # (B, 28, 28), (B,)
+
+        loss = F.cross_entropy(model(x), y, label_smoothing=config.label_smoothing)  # stage 1 writes it out
+        optimizer.zero_grad()
+        loss.backward()
+        if config.clip:
+            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        elif step in logged:
+            grad_norm = nn.utils.get_total_norm([p.grad for p in model.parameters()])
+        optimizer.step()
+        schedule.step()
+        loss_sum += loss.detach()
+
+        if step in logged:
+            val, train_loss = evaluate(model, data.val), loss_sum.item() / (step - since)
+            history.append(metrics.history_row(config, step, train_loss, val, grad_norm, start))
+            if bar is not None:
+                bar.update(step - since)
+            since = step
+            loss_sum.zero_()
+            if metrics.status(history) == "diverged":
+                break
+    return model, history
+
+
+# -------- 6. Experiments ---------------------------------------------------------------------------------------------
+
+
+def execute(run: Run, data: Data, bar: tqdm) -> dict[str, list[dict]]:
+    """Train and measure one run: its rows for every table. Only the selected models ever see the test images."""
+    model, history = train(run.config, data, bar)
+    tables = metrics.tables_of(run, model, history, evaluate(model, data.val), data.val.images.device)
+    name = {"experiment": run.experiment, "value": run.value, "seed": run.config.seed}
+    if run.experiment in SELECTED.values():
+        tables |= metrics.test_tables(run, evaluate(model, data.test))
+        tables["reading"] = [name | line for line in read_step_by_step(model, run.config, data.test)]
+    if run.experiment == "faults":
+        fault = FAULTS[run.value.split(": ")[0]]
+        tables |= metrics.fault_tables(run, fault, fault.measure(model, history, run.config, data), history)
+    if run.experiment == "memory" and run.config.padding == 0:
+        models = {"before training": build(run.config, data.val.images.device), "after training": model}
+        norms = [(w, *row) for w, m in models.items() for row in enumerate(state_gradients(m, run.config, data), 1)]
+        where = name | {"cell": run.config.cell}
+        tables["gradients"] = [where | {"when": when, "step": t, "grad_norm": norm} for when, t, norm in norms]
+    return tables
+
+
+def state_gradients(model: RecurrentClassifier, config: Config, data: Data) -> list[float]:
+    """Norm of the loss's gradient by the state after each of T steps, on 500 validation images."""
+    x, state, states = sequences(data.val.images[::10], config)[0], None, []
+    for step in x.split(1, 1):  # one at a time, so that each state is a tensor of its own
+        _, state = model.recurrent(step, state=state)
+        states.append(state if isinstance(state, tuple) else (state,))
+        for part in states[-1]:
+            part.retain_grad()
+    F.cross_entropy(model.of_state(state), data.val.labels[::10]).backward()
+    return [torch.stack([part.grad for part in parts if part.grad is not None]).norm().item() for parts in states]
+
+
+@torch.no_grad()
+def read_step_by_step(model: RecurrentClassifier, config: Config, split: Split) -> list[dict]:
+    """The class probabilities of a few images after every step: the same model on ever longer beginnings of them."""
+    x, rows = sequences(split.images[:8], config)[0], []  # (B, T, F)
+    for t in range(1, x.shape[1] + 1):
+        for i, shares in enumerate(model.forward(x[:, :t]).softmax(1).tolist()):
+            row = {"image": i, "true": split.labels[i].item(), "step": t} | {f"p{c}": p for c, p in enumerate(shares)}
+            rows.append(row | {"pixels": " ".join(f"{pixel:.2f}" for pixel in x[i, t - 1].tolist())})
+    return rows
+
+
+ACCURACY = ("validation accuracy (%)", lambda model, history, *_: 100 * history[-1]["val_accuracy"])
+EXPLODING = {"cell": "rnn", "init": "large", "optimizer": "sgd", "lr": 0.3}
+PADDED = {"cell": "gru", "init": "orthogonal", "crop": True, "padding": 28}
+# fmt: off
+FAULTS = {
+    "vanishing gradient": Fault("the first rows teach nothing", "gradient by the first state / by the last",
+        lambda model, history, config, data: (norms := state_gradients(model, config, data))[0] / norms[-1],
+        {"cell": "rnn", "init": "default"}, "ReLU, and W_hh the identity", {"cell": "rnn_relu", "init": "identity"}),
+    "exploding gradient": Fault("W_hh doubles what passes: steps too long to be of use", *ACCURACY,
+        EXPLODING | {"clip": 0.0}, "gradient norm clipped at 1", EXPLODING | {"clip": 1.0}),
+    "last output of padded sequences": Fault("read after the padding, which wipes the state", *ACCURACY,
+        PADDED, "lengths given: the state after the last true step", PADDED | {"lengths": True}),
+    "another data set's normalisation": Fault("MNIST's mean and std: pixels not centred", *ACCURACY,
+        {"normalise": "mnist"}, "Fashion-MNIST's own", {"normalise": "fashion_mnist"}),
+}
+# fmt: on
+
+
+def benchmark(config: Config, data: Data, data_dir: Path, repeats: int) -> list[dict]:
+    """A training step of ours against torch's own modules, and against a step's matrix products alone: steps/s."""
+    device, n, works = data.train.images.device, config.steps or 5, {}
+    for cell, H, B in itertools.product(("rnn", "gru", "lstm"), (64, 128, 256), (128, 512)):
+        x, y = data.train.images[:B], data.train.labels[:B]
+        ours = RecurrentClassifier(cell, 28, H).to(device)
+        theirs = nn.ModuleList([getattr(nn, cell.upper())(28, H, batch_first=True), nn.Linear(H, 10)]).to(device)
+        W_hh, W_xh = ours.recurrent.cells[0].W_hh.weight.detach(), ours.recurrent.cells[0].W_xh.weight.detach()
+        h, d, s = (torch.randn(size, B, device=device) for size in (H, len(W_hh), 28))
+        # gates from state and input; gradients of the state, of W_hh and of W_xh
+        pairs = [(W_hh, h.mT), (W_xh, s.mT), (W_hh.mT, d.mT), (d, h), (d, s)]
+        group, timed = f"steps/s, {cell}, hidden {H}, batch {B}", metrics.training_steps
+        works[group, f"nn.{cell.upper()}"] = (n, timed(lambda m=theirs, x=x: m[1](m[0](x)[0][:, -1]), theirs, y, n))
+        works[group, "ours"] = (n, timed(functools.partial(ours, x), ours, y, n))
+        works[group, "products alone"] = (n, lambda p=pairs: [product(*pair) for _ in range(28 * n) for pair in p])
+    return metrics.interleaved(works, repeats, device)
+
+
+# -------- 7. Pictures ------------------------------------------------------------------------------------------------
+
+
+def plot(figures: Path) -> list[Path]:
+    """Draw every picture and summary.md from the saved rows; gives their paths. FileNotFoundError if there are none."""
+    album = metrics.Album(figures, "RNN on Fashion-MNIST")
+    album.selected(CLASSES)
+    album.reading(CLASSES)
+    album.sweeps(AXES)
+    memory = {"who remembers the image?": album.runs.get("memory", [])}
+    album.lines("memory", memory, "cell", "padding", "val_accuracy", "validation accuracy (%)", scale=100)
+    album.faults()
+    gradients = metrics.group(metrics.read_rows(figures / "gradients.csv"), "when")
+    album.lines("state_gradients", gradients, "cell", "step", "grad_norm", "norm of the loss's gradient by the state")
+    album.benchmark()
+    return album.close()
+
+
+# -------- 8. Command line --------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> int:
+    return metrics.run_stage(sys.modules[__name__], argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

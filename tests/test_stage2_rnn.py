@@ -1,0 +1,453 @@
+"""Stage 2 against torch's own recurrent modules with copied weights, in float64."""
+
+import ast
+import itertools
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+import stage2_rnn as stage
+
+SMALL = stage.Config(n_hidden=9, n_train=300, batch_size=32, steps=12, n_logs=3)
+THEIRS = {"rnn": nn.RNN, "rnn_relu": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
+KINDS = list(THEIRS)
+LENGTHS = [3, 7, 1, 5, 2]  # not sorted, with the longest and the shortest there can be
+
+
+@pytest.fixture(scope="session")
+def data():
+    return stage.load_data(stage.Config())
+
+
+def parameters_of(theirs, i, directions):
+    """W_ih, W_hh, b_ih, b_hh of torch's module for our cell i."""
+    suffix = f"_l{i // directions}" + ("_reverse" if i % directions else "")
+    return [getattr(theirs, name + suffix) for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
+
+
+def pair(kind, n_in, n_hidden, n_layers=1, bidirectional=False, dtype=torch.float64):
+    """Our layers and torch's, with the same weights: where ours have one bias, it is the sum of torch's two."""
+    torch.manual_seed(n_layers + 3 * bidirectional)
+    arguments = {"nonlinearity": "relu"} if kind == "rnn_relu" else {}
+    theirs = THEIRS[kind](n_in, n_hidden, n_layers, batch_first=True, bidirectional=bidirectional, **arguments).to(
+        dtype
+    )
+    ours = stage.Recurrent(kind, n_in, n_hidden, n_layers, bidirectional).to(dtype)
+    with torch.no_grad():
+        for i, cell in enumerate(ours.cells):
+            W_ih, W_hh, b_ih, b_hh = parameters_of(theirs, i, 1 + bidirectional)
+            cell.W_xh.weight.copy_(W_ih)
+            cell.W_hh.weight.copy_(W_hh)
+            cell.W_xh.bias.copy_(b_ih if kind == "gru" else b_ih + b_hh)
+            if kind == "gru":
+                cell.W_hh.bias.copy_(b_hh)
+    return ours, theirs
+
+
+def parts(state):
+    return list(state) if isinstance(state, tuple) else [state]
+
+
+def states(kind, shape):
+    made = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for _ in range(2 if kind == "lstm" else 1)]
+    return tuple(made) if kind == "lstm" else made[0]
+
+
+def gradients(results, inputs):
+    """Gradients of a sum in which every number of the results has another weight."""
+    generator = torch.Generator().manual_seed(5)
+    total = sum((r * torch.randn(r.shape, generator=generator, dtype=r.dtype)).sum() for r in results)
+    return torch.autograd.grad(total, inputs)
+
+
+def assert_equal(ours, theirs, tolerance=1e-11):
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=tolerance, atol=tolerance)
+
+
+# ---- the cells ----
+
+
+@pytest.mark.parametrize(
+    ("kind", "module"), list(zip(KINDS, [nn.RNNCell, nn.RNNCell, nn.GRUCell, nn.LSTMCell], strict=True))
+)
+def test_a_cell_is_one_step_of_torchs_cell(kind, module):
+    torch.manual_seed(0)
+    arguments = {"nonlinearity": "relu"} if kind == "rnn_relu" else {}
+    theirs, ours = module(3, 4, **arguments).double(), stage.CELLS[kind](3, 4).double()
+    with torch.no_grad():
+        ours.W_xh.weight.copy_(theirs.weight_ih)
+        ours.W_hh.weight.copy_(theirs.weight_hh)
+        ours.W_xh.bias.copy_(theirs.bias_ih if kind == "gru" else theirs.bias_ih + theirs.bias_hh)
+        if kind == "gru":
+            ours.W_hh.bias.copy_(theirs.bias_hh)
+    x, state = torch.randn(5, 3, dtype=torch.float64), states(kind, (5, 4))
+    assert_equal(parts(ours(x, state)), parts(theirs(x, state)))
+    assert_equal(parts(ours(x)), parts(theirs(x)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradcheck(kind):
+    torch.manual_seed(1)
+    layers = stage.Recurrent(kind, 2, 3).double()
+    x = torch.randn(4, 3, 2, dtype=torch.float64, requires_grad=True)
+    state = states(kind, (1, 4, 3))
+
+    def run(x, *rest):
+        given = rest[: len(parts(state))]
+        outputs, last = layers(x, [2, 3, 1, 3], given if kind == "lstm" else given[0])
+        return outputs, *parts(last)
+
+    assert torch.autograd.gradcheck(run, (x, *parts(state), *layers.parameters()))
+
+
+def test_the_reset_gate_comes_after_the_product():
+    """With W_hn = 0 and b_hn = 1, only a gate that multiplies the product and its bias leaves r ⊙ b_hn."""
+    cell = stage.GRUCell(1, 1).double()
+    for parameter in cell.parameters():
+        nn.init.zeros_(parameter)
+    with torch.no_grad():
+        cell.W_xh.bias.copy_(torch.tensor([-2.0, -50.0, 0.0]))  # r = σ(-2), z = 0
+        cell.W_hh.bias[2] = 1.0
+    h = cell(torch.zeros(1, 1, dtype=torch.float64), torch.full((1, 1), 0.7, dtype=torch.float64))
+    assert h.item() == pytest.approx(math.tanh(1 / (1 + math.exp(2))), rel=1e-12)
+
+
+# ---- whole sequences ----
+
+SHAPES = [(1, 1, 3, 4), (5, 7, 3, 4), (5, 7, 4, 3)]  # B, T, F, H
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("n_layers", [1, 2, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_equal_torchs(kind, n_layers, bidirectional, given):
+    for (B, T, n_in, H), lengths in [*((shape, None) for shape in SHAPES), ((5, 7, 3, 4), LENGTHS)]:
+        ours, theirs = pair(kind, n_in, H, n_layers, bidirectional)
+        x = torch.randn(B, T, n_in, dtype=torch.float64, requires_grad=True)
+        state = states(kind, (n_layers * (1 + bidirectional), B, H)) if given else None
+        mine, mine_last = ours(x, lengths, state)
+        if lengths is None:
+            other, other_last = theirs(x, state)
+        else:
+            packed = pack_padded_sequence(x, torch.tensor(lengths), batch_first=True, enforce_sorted=False)
+            other, other_last = theirs(packed, state)
+            other, _ = pad_packed_sequence(other, batch_first=True, total_length=T)
+        mine, other = [mine, *parts(mine_last)], [other, *parts(other_last)]
+        assert_equal(mine, other)
+
+        inputs = [x, *(parts(state) if given else [])]
+        my_parameters, their_parameters = [], []
+        for i, cell in enumerate(ours.cells):
+            W_ih, W_hh, b_ih, b_hh = parameters_of(theirs, i, 1 + bidirectional)
+            my_parameters += [cell.W_xh.weight, cell.W_hh.weight, cell.W_xh.bias]
+            their_parameters += [W_ih, W_hh, b_ih]
+            if kind == "gru":
+                my_parameters.append(cell.W_hh.bias)
+                their_parameters.append(b_hh)
+        assert_equal(gradients(mine, inputs + my_parameters), gradients(other, inputs + their_parameters))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_float32_too(kind):
+    """The products go through oneDNN there, where the machine has it."""
+    ours, theirs = pair(kind, 28, 33, dtype=torch.float32)
+    x = torch.randn(17, 28, 28, requires_grad=True)
+    mine, other = ours(x), theirs(x)
+    torch.testing.assert_close(mine[0], other[0], rtol=1e-4, atol=1e-5)
+    mine, other = ([outputs, *parts(last)] for outputs, last in (mine, other))
+    torch.testing.assert_close(gradients(mine, [x])[0], gradients(other, [x])[0], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (5, 3, 7), (128, 64, 33)])
+def test_product_is_the_matrix_product(shape):
+    M, N, K = shape
+    a, b = torch.randn(M, K), torch.randn(N, K)
+    for left, right in itertools.product((a, a.mT.contiguous().mT), (b, b.mT.contiguous().mT)):
+        exact = (left.double() @ right.double().mT).float()
+        torch.testing.assert_close(stage.product(left, right), exact, rtol=1e-5, atol=1e-5)
+        assert torch.equal(stage.product(left.double(), right.double()), left.double() @ right.double().mT)
+
+
+def test_without_onednn_the_same(monkeypatch):
+    ours, _ = pair("lstm", 5, 6, dtype=torch.float32)
+    x = torch.randn(4, 3, 5)
+    before = ours(x)[0]
+    monkeypatch.setattr(stage, "ONEDNN", None)
+    torch.testing.assert_close(ours(x)[0], before)
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_padding_holds_changes_nothing(kind, bidirectional):
+    ours, _ = pair(kind, 3, 4, 2, bidirectional)
+    x = torch.randn(5, 7, 3, dtype=torch.float64)
+    padding = torch.arange(7) >= torch.tensor(LENGTHS)[:, None]
+    results = []
+    for filling in (0.0, 1e30, math.inf, math.nan):
+        filled = x.masked_fill(padding[:, :, None], filling).requires_grad_()
+        outputs, last = ours(filled, LENGTHS)
+        found = gradients([outputs, *parts(last)], [filled, *ours.parameters()])
+        results.append([outputs, *parts(last), *found])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    assert not results[0][0][padding].any()
+    assert not found[0][padding].any()
+
+
+def test_a_state_past_its_end_stands_still_however_long_the_padding():
+    """A ReLU state that doubles at every step would be infinite after 2,000 more."""
+    layers = stage.Recurrent("rnn_relu", 1, 1)
+    with torch.no_grad():
+        for parameter, value in zip(layers.parameters(), (1.0, 1.0, 2.0), strict=True):  # W_xh, b, W_hh
+            parameter.fill_(value)
+    outputs, last = layers(torch.ones(1, 2000, 1), [2])
+    assert (last.item(), outputs.sum().item()) == (6.0, 8.0)  # 1·1 + 1 = 2, then 2 + 2·2 = 6
+    last.sum().backward()
+    assert [p.grad.item() for p in layers.parameters()] == [3.0, 3.0, 2.0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_halves_equal_the_whole(kind):
+    ours, _ = pair(kind, 3, 4, 2)
+    x = torch.randn(5, 9, 3, dtype=torch.float64)
+    whole, last = ours(x)
+    first, state = ours(x[:, :4])
+    second, after = ours(x[:, 4:], state=state)
+    assert_equal([torch.cat([first, second], 1), *parts(after)], [whole, *parts(last)], 1e-14)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_length_goes_through_the_same_model(kind):
+    classifier = stage.RecurrentClassifier(kind, 5, 6, n_classes=3)
+    for T in (1, 10, 1000):
+        logits = classifier(torch.randn(2, T, 5))
+        assert logits.shape == (2, 3)
+        assert logits.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_does_not_depend_on_the_one_before_nor_on_its_neighbours(kind):
+    ours, _ = pair(kind, 3, 4)
+    x = torch.randn(6, 5, 3, dtype=torch.float64)
+    before = ours(x)[0]
+    ours(torch.randn(6, 5, 3, dtype=torch.float64))
+    assert torch.equal(ours(x)[0], before)
+    assert_equal([ours(x[2:3])[0]], [before[2:3]], 1e-14)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_order_of_the_steps_matters(kind):
+    ours, _ = pair(kind, 3, 4)
+    x = torch.randn(2, 5, 3, dtype=torch.float64)
+    assert (ours(x)[0][:, -1] - ours(x.flip(1))[0][:, -1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_classifier_reads_out_the_last_state_or_the_mean(kind, bidirectional):
+    ours, _ = pair(kind, 3, 4, 2, bidirectional)
+    x, valid = torch.randn(5, 7, 3, dtype=torch.float64), torch.arange(7) < torch.tensor(LENGTHS)[:, None]
+    outputs, last = ours(x, LENGTHS)
+    tops = parts(last)[0].unflatten(0, (2, -1))[1]  # (directions, B, H)
+    means = torch.stack([o[v].mean(0) for o, v in zip(outputs, valid, strict=True)])
+    for readout, expected in (("last", torch.cat(list(tops), 1)), ("mean", means)):
+        classifier = stage.RecurrentClassifier(kind, 3, 4, 2, 6, bidirectional, readout).double()
+        classifier.recurrent.load_state_dict(ours.state_dict())
+        assert_equal([classifier(x, LENGTHS)], [classifier.out(expected)], 1e-13)
+        assert_equal([classifier(x)], [classifier(x, [7] * 5)], 1e-13)
+
+
+def test_what_is_wrong_is_quoted():
+    layers = stage.Recurrent("gru", 3, 4, 2)
+    x = torch.zeros(5, 7, 3)
+    for bad, quoted in [
+        (torch.zeros(5, 7), r"\(5, 7\)"),
+        (torch.zeros(5, 7, 2), r"\(B, T, 3\).*\(5, 7, 2\)"),
+        (torch.zeros(5, 0, 3), r"\(5, 0, 3\)"),
+        (torch.zeros(1, 5, 7, 3), r"\(1, 5, 7, 3\)"),
+    ]:
+        with pytest.raises(ValueError, match=quoted):
+            layers(bad)
+    for lengths in ([3, 7, 0, 5, 2], [3, 8, 1, 5, 2], [3, 7, 1], [3.0, 7.0, 1.0, 5.0, 2.0], [[3, 7, 1, 5, 2]]):
+        with pytest.raises(ValueError, match=r"5 whole numbers in 1 … 7, not \["):
+            layers(x, lengths)
+    with pytest.raises(ValueError, match=r"\(2, 5, 4\).*\(1, 5, 4\)"):
+        layers(x, state=torch.zeros(1, 5, 4))
+    with pytest.raises(ValueError, match=r"2 × \(1, 5, 4\)"):
+        stage.Recurrent("lstm", 3, 4)(x, state=torch.zeros(1, 5, 4))
+    with pytest.raises(ValueError, match="elman"):
+        stage.Recurrent("elman")
+    with pytest.raises(ValueError, match="n_layers=0"):
+        stage.Recurrent(n_layers=0)
+    with pytest.raises(ValueError, match="n_hidden=0"):
+        stage.LSTMCell(3, 0)
+    with pytest.raises(ValueError, match="sigmoid"):
+        stage.RNNCell(3, 4, "sigmoid")
+    with pytest.raises(ValueError, match=r"\(B, 3\).*\(2, 4\)"):
+        stage.RNNCell(3, 4)(torch.zeros(2, 4))
+    with pytest.raises(ValueError, match=r"\(2, 4\).*\(2, 5\)"):
+        stage.RNNCell(3, 4)(torch.zeros(2, 3), torch.zeros(2, 5))
+    with pytest.raises(ValueError, match="max"):
+        stage.RecurrentClassifier(readout="max")
+
+
+def test_no_ready_made_recurrent_module():
+    """Not in any model; in the source, only the benchmark makes them, by name, to be timed against."""
+    for kind, bidirectional in itertools.product(KINDS, (False, True)):
+        modules = stage.RecurrentClassifier(kind, n_layers=2, bidirectional=bidirectional).modules()
+        own = (stage.RecurrentClassifier, stage.Recurrent, stage.Cell)
+        assert all(isinstance(m, (*own, nn.Linear, nn.ModuleList)) for m in modules)
+    tree = ast.parse(Path(stage.__file__).read_text(encoding="utf-8"))
+    ready_made = {name + suffix for name in ("RNN", "GRU", "LSTM") for suffix in ("", "Base", "Cell", "CellBase")}
+    used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    assert not used & {*ready_made, "rnn_tanh", "rnn_relu", "gru", "lstm", "_VF"}
+    by_name = [f.name for f in tree.body if isinstance(f, ast.FunctionDef) and "getattr(nn, " in ast.unparse(f)]
+    assert by_name == ["benchmark"]
+
+
+def test_parameters_are_those_of_torch_but_for_the_second_bias():
+    for kind in KINDS:
+        ours, theirs = (sum(p.numel() for p in m.parameters()) for m in pair(kind, 28, 128))
+        second = 0 if kind == "gru" else stage.CELLS[kind](28, 128).n_gates * 128
+        assert ours == theirs - second
+
+
+# ---- from images to sequences ----
+
+
+def test_readings():
+    images = torch.arange(2 * 784.0).view(2, 28, 28)
+    read = {r: stage.sequences(images, replace(SMALL, reading=r))[0] for r in stage.CHOICES["reading"]}
+    assert torch.equal(read["rows"], images)
+    for t in range(28):
+        assert torch.equal(read["columns"][1, t], images[1, :, t])
+        down, right = 7 * (t // 7), 4 * (t % 7)
+        assert torch.equal(read["patches"][1, t], images[1, down : down + 7, right : right + 4].flatten())
+    for t in range(14):
+        assert torch.equal(read["two_rows"][1, t], torch.cat([images[1, 2 * t], images[1, 2 * t + 1]]))
+
+
+def test_cropping_keeps_the_garment_and_its_length(data):
+    images = data.val.images[::25]  # of every class
+    x, lengths = stage.sequences(images, replace(SMALL, crop=True, padding=3, lengths=True))
+    assert x.shape == (200, 31, 28)
+    assert lengths.min() < 15
+    assert lengths.max() == 28
+    blank = images.min()
+    for image, rows, n in zip(images, x, lengths, strict=True):
+        shown = [row for row in range(28) if (image[row] > blank).any()]
+        assert n == shown[-1] - shown[0] + 1
+        assert torch.equal(rows[:n], image[shown[0] : shown[-1] + 1])
+        assert (rows[n:28] == blank).all()
+    assert not x[:, 28:].any()
+
+
+def test_lengths_are_told_only_when_asked(data):
+    assert stage.sequences(data.val.images[:2], SMALL)[1] is None
+    x, lengths = stage.sequences(data.val.images[:2], replace(SMALL, padding=5, lengths=True))
+    assert (x.shape[1], lengths.tolist()) == (33, [28, 28])
+
+
+def test_padding_with_lengths_is_no_padding(data):
+    model = stage.build(replace(SMALL, cell="gru"), torch.device("cpu"))
+    padded = stage.build(replace(SMALL, cell="gru", padding=9, lengths=True), torch.device("cpu"))
+    blind = stage.build(replace(SMALL, cell="gru", padding=9), torch.device("cpu"))
+    images = data.val.images[:20]
+    torch.testing.assert_close(padded(images), model(images))
+    assert (blind(images) - model(images)).abs().max() > 1e-2
+
+
+def test_the_scales_are_the_data_sets_own(data):
+    assert data.train.images.mean().item() == pytest.approx(0, abs=1e-2)
+    assert data.train.images.std().item() == pytest.approx(1, abs=1e-2)
+    other = stage.load_data(stage.Config(normalise="mnist"))
+    torch.testing.assert_close(other.val.images * 0.3081 + 0.1307, data.val.images * 0.3530 + 0.2860)
+
+
+# ---- initialisation, training, what is measured ----
+
+
+def test_initialisations():
+    for cell, init in itertools.product(KINDS, stage.CHOICES["init"]):
+        model = stage.build(stage.Config(cell=cell, init=init, n_hidden=32), torch.device("cpu"))
+        found = model.recurrent.cells[0]
+        for gate in found.W_hh.weight.chunk(found.n_gates):
+            if init == "default":
+                assert 0.9 / math.sqrt(32) < gate.abs().max() <= 1 / math.sqrt(32)
+            else:
+                expected = {"orthogonal": 1, "identity": 1, "large": 4}[init] * torch.eye(32)
+                torch.testing.assert_close(gate @ gate.mT, expected, rtol=0, atol=1e-5)
+        assert bool(found.W_xh.bias.any()) == (init == "default")
+    assert torch.equal(stage.build(SMALL, torch.device("cpu")).recurrent.cells[0].W_hh.weight, torch.eye(9))
+
+
+def test_a_training_step_equals_torchs(data):
+    """Three steps of SGD, clipped, through nn.RNN from the same weights."""
+    config = replace(SMALL, optimizer="sgd", lr=0.5, weight_decay=0.01, batch_size=300, steps=3, warmup=0.4, clip=0.5)
+    trained, history = stage.train(config, data)
+    start = stage.build(config, torch.device("cpu"))
+    theirs, out = nn.RNN(28, 9, nonlinearity="relu", batch_first=True), start.out
+    cell = start.recurrent.cells[0]
+    with torch.no_grad():
+        for copy, value in zip(
+            theirs.parameters(), (cell.W_xh.weight, cell.W_hh.weight, 0 * cell.W_xh.bias), strict=False
+        ):
+            copy.copy_(value)
+    theirs.bias_ih_l0.data.copy_(cell.W_xh.bias)
+    theirs.bias_hh_l0.data.zero_()
+    theirs.bias_hh_l0.requires_grad_(False)
+    parameters = [*(p for p in theirs.parameters() if p.requires_grad), *out.parameters()]
+    images, labels = (part[:300] for part in data.train)
+    for step in range(3):
+        loss = F.cross_entropy(out(theirs(images)[0][:, -1]), labels, label_smoothing=0.1)
+        found = torch.autograd.grad(loss, parameters)
+        norm = math.sqrt(sum(g.square().sum().item() for g in found))
+        lr = 0.5 * stage.one_cycle(config, step)
+        with torch.no_grad():
+            for p, g in zip(parameters, found, strict=True):
+                p -= lr * (min(1, 0.5 / norm) * g + 0.01 * (p.ndim > 1) * p)
+    assert history[-1]["grad_norm"] == pytest.approx(norm, rel=1e-3)
+    torch.testing.assert_close(trained.recurrent.cells[0].W_hh.weight, theirs.weight_hh_l0, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(trained.recurrent.cells[0].W_xh.weight, theirs.weight_ih_l0, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(trained.out.weight, out.weight, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_cell_learns(data, kind):
+    config = replace(SMALL, cell=kind, init=stage.SUITED[kind], n_hidden=32, n_train=2000, steps=200, lr=3e-3)
+    assert stage.train(config, data)[1][-1]["val_accuracy"] > 0.5
+
+
+def test_state_gradients_are_those_of_autograd(data):
+    """A plain RNN written out, one tensor a state, against the state carried from step to step."""
+    config = replace(SMALL, cell="rnn", init="default")
+    model = stage.build(config, torch.device("cpu"))
+    cell, x = model.recurrent.cells[0], data.val.images[::10]
+    h, seen = torch.zeros(500, 9), []
+    for t in range(28):
+        h = torch.tanh(cell.W_xh(x[:, t]) + cell.W_hh(h))
+        h.retain_grad()
+        seen.append(h)
+    F.cross_entropy(model.out(h), data.val.labels[::10]).backward()
+    expected = [state.grad.norm().item() for state in seen]
+    assert stage.state_gradients(model, config, data) == pytest.approx(expected, rel=1e-3)
+    assert expected[0] < 0.1 * expected[-1]
+
+
+def test_the_last_probabilities_of_a_reading_are_the_models_own(data):
+    model = stage.build(SMALL, torch.device("cpu"))
+    rows = stage.read_step_by_step(model, SMALL, data.test)
+    assert len(rows) == 8 * 28
+    last = torch.tensor([[row[f"p{c}"] for c in range(10)] for row in rows if row["step"] == 28])
+    torch.testing.assert_close(last, model(data.test.images[:8]).softmax(1).detach())
+    assert [row["true"] for row in rows[:8]] == data.test.labels[:8].tolist()
+    pixels = torch.tensor([[float(v) for v in row["pixels"].split()] for row in rows if row["image"] == 3])
+    torch.testing.assert_close(pixels, data.test.images[3], rtol=0, atol=0.0051)
