@@ -110,8 +110,8 @@ AXES = {
 # what a job changes in the Config before the user's flags do, and how many seeds it runs
 JOBS: dict[str, tuple[dict, int]] = {
     "train": ({}, 5),
-    "gru": ({"cell": "gru", "init": "orthogonal", "lr": 2e-3}, 5),
-    "lstm": ({"cell": "lstm", "init": "orthogonal", "lr": 2e-3}, 5),
+    "gru": ({"cell": "gru", "init": "orthogonal", "lr": 2e-3, "weight_decay": 0.1}, 5),
+    "lstm": ({"cell": "lstm", "init": "orthogonal", "lr": 3e-3}, 5),
     "sweep": ({"n_hidden": 128, "steps": 600, "n_logs": 10}, 1),
     "faults": ({"n_hidden": 64, "steps": 300, "n_logs": 20}, 1),
 }
