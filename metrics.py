@@ -715,16 +715,22 @@ def plot_lines(path: Path, panels: dict[str, list[dict]], series: str, x: str, y
 def plot_reading(path: Path, rows: list[dict], class_names, title: str) -> None:
     """Eight sequences of the first seed, step by step downwards: what is read, and the class probabilities after it."""
     images = group(next(iter(group(rows, "seed").values())), "image")
-    with picture(path, (2, 8), title, width=16.0, height=8.5, left=0.4, bottom=1.0, top=0.8) as axes:
+    with picture(path, (2, 8), title, width=16.0, height=8.5, left=0.6, bottom=1.0, top=0.8) as axes:
         for (pixels, probabilities), steps in zip(axes.reshape(8, 2), images.values(), strict=False):
-            pixels.imshow([list(map(float, step["pixels"].split())) for step in steps], cmap="gray", aspect="auto")
-            shares = [[float(step[f"p{c}"]) for c in range(len(class_names))] for step in steps]
-            probabilities.imshow(shares, cmap="Blues", aspect="auto", vmin=0, vmax=1)
-            pixels.set(title=class_names[int(steps[0]["true"])], xticks=[], ylabel="step")
+            image = [list(map(float, step["pixels"].split())) for step in steps]  # T × F
+            shares = [[float(step[f"p{c}"]) for c in range(len(class_names))] for step in steps]  # T × C
+            ends = (len(steps) + 0.5, 0.5)  # steps count from 1, downwards
+            pixels.imshow(image, cmap="gray", aspect="auto", extent=(-0.5, len(image[0]) - 0.5, *ends))
+            probabilities.imshow(
+                shares, "Blues", aspect="auto", extent=(-0.5, len(class_names) - 0.5, *ends), vmin=0, vmax=1
+            )
+            pixels.set(title=class_names[int(steps[0]["true"])], xticks=[])
             probabilities.set(yticks=[])
             probabilities.set_xticks(range(len(class_names)), class_names, rotation=90, fontsize=8)
             pixels.grid(False)
             probabilities.grid(False)
+        for row in axes:
+            row[0].set_ylabel("step")
 
 
 # -------- 5. Jobs ----------------------------------------------------------------------------------------------------
@@ -878,6 +884,7 @@ def plan(stage, job: str, small: dict, given: dict, only: list[str], n_seeds: in
     elif job == "faults":
         variants = ("broken", "mended")
         runs = [(job, f"{name}: {v}", getattr(f, v) | smaller) for name, f in stage.FAULTS.items() for v in variants]
+        runs += [(name, label(c, changes), c | smaller) for name, changes in stage.PROBES.items() for c in changes]
     else:
         runs = [(stage.SELECTED[job], "", {})]
     seeds = range(base.seed, base.seed + (n_seeds or (min(2, seeds) if small else seeds)))

@@ -113,6 +113,7 @@ AXES = {
     "optimizer": "optimizer", "init": "initialisation", "regularisation": "regularisation, on 5,000 images",
 }
 # fmt: on
+PROBES: dict[str, list[dict]] = {}  # runs of `faults` that are compared with each other
 # what a job changes in the Config before the user's flags do, and how many seeds it runs
 JOBS: dict[str, tuple[dict, int]] = {
     "train": ({}, 5),

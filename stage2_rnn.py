@@ -5,8 +5,8 @@ Test accuracy TODO % with one plain layer, TODO % with a GRU, TODO % with an LST
     python stage2_rnn.py                 all but the long GRU and LSTM runs: train, sweep, faults, benchmark, pictures
     python stage2_rnn.py train           the plain RNN, one layer of 256 units, 5 seeds, with a report per class
     python stage2_rnn.py gru             the same with a GRU; lstm: with an LSTM
-    python stage2_rnn.py sweep --only cell memory --seeds 3
-    python stage2_rnn.py faults          what goes wrong in training: provoked, measured, mended
+    python stage2_rnn.py sweep --only cell reading --seeds 3
+    python stage2_rnn.py faults          what goes wrong in training: provoked, measured, mended; and what cells forget
     python stage2_rnn.py benchmark       speed of a training step, against nn.RNN, nn.GRU and nn.LSTM
     python stage2_rnn.py plot            draw figures/stage2/ again from its saved rows
 
@@ -98,8 +98,9 @@ SWEEPS: dict[str, list[dict]] = {
     "init": [{"cell": cell, "init": init} for cell in ("rnn", "rnn_relu") for init in CHOICES["init"][:3]],
     "reading": [{"reading": reading} for reading in CHOICES["reading"]],
     "readout": [{"readout": readout} for readout in CHOICES["readout"]],
-    "memory": [{"cell": cell, "init": init, "padding": n, "n_hidden": 64, "steps": 300}  # who remembers the image?
-               for cell, init in SUITED.items() for n in (0, 28, 112, 448)],
+}
+PROBES = {  # runs of `faults` that are compared with each other: who remembers the image, that long after it?
+    "memory": [{"cell": cell, "init": init, "padding": n} for cell, init in SUITED.items() for n in (0, 28, 112, 448)],
 }
 AXES = {
     "cell": "cell", "hidden": "hidden units", "layers": "layers", "direction": "both directions",
@@ -252,7 +253,8 @@ class GRUCell(Cell):
         return q_n
 
     def back(self, grad, p, q_n, old, new, d, W_back):
-        (grad,), (h,), two, (r, z, n), (d_r, d_z, d_n) = grad, old, 2 * len(old[0]), p.chunk(3), d.chunk(3)
+        (grad,), (h,), two = grad, old, 2 * len(old[0])
+        (r, z, n), (d_r, d_z, d_n) = p.chunk(3), d.chunk(3)
         straight = grad * z
         tanh_backward.grad_input(grad - straight, n, grad_input=d_n)
         torch.mul(d_n, q_n, out=d_r)
@@ -326,9 +328,8 @@ class Scan(torch.autograd.Function):
         for t in reversed(range(len(x))):
             if grad_outputs is not None:
                 grad[0] = grad[0] + grad_outputs[t]
-            after = grad
             if valid is not None:
-                grad = [g.masked_fill(~valid[t], 0) for g in grad]
+                after, grad = grad, [g.masked_fill(~valid[t], 0) for g in grad]
             d_q, grad = ctx.cell.back(grad, gates[t], ctx.kept[t], at[t], at[t + 1], d[t], W_back)
             if valid is not None:
                 grad = [g + a.masked_fill(valid[t], 0) for g, a in zip(grad, after, strict=True)]
@@ -562,8 +563,7 @@ def benchmark(config: Config, data: Data, data_dir: Path, repeats: int) -> list[
         theirs = nn.ModuleList([getattr(nn, cell.upper())(28, H, batch_first=True), nn.Linear(H, 10)]).to(device)
         W_hh, W_xh = ours.recurrent.cells[0].W_hh.weight.detach(), ours.recurrent.cells[0].W_xh.weight.detach()
         h, d, s = (torch.randn(size, B, device=device) for size in (H, len(W_hh), 28))
-        # gates from state and input; gradients of the state, of W_hh and of W_xh
-        pairs = [(W_hh, h.mT), (W_xh, s.mT), (W_hh.mT, d.mT), (d, h), (d, s)]
+        pairs = [(W_hh, h.mT), (W_xh, s.mT), (W_hh.mT, d.mT), (d, h), (d, s)]  # to the gates and back
         group, timed = f"steps/s, {cell}, hidden {H}, batch {B}", metrics.training_steps
         works[group, f"nn.{cell.upper()}"] = (n, timed(lambda m=theirs, x=x: m[1](m[0](x)[0][:, -1]), theirs, y, n))
         works[group, "ours"] = (n, timed(functools.partial(ours, x), ours, y, n))

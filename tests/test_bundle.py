@@ -128,7 +128,7 @@ def test_public_names_and_signatures_are_the_same(stage):
     assert signatures["main"] == "(argv: list[str] | None = None) -> int"
     assert list(inspect.signature(stage.load_data).parameters) == ["config", "device", "data_dir"]
     assert list(inspect.signature(stage.train).parameters) == ["config", "data", "bar"]
-    assert list(stage.AXES) == list(stage.SWEEPS)
+    assert list(stage.AXES) == [*stage.SWEEPS, *stage.PROBES]
 
 
 def test_data_is_the_whole_set_split_by_class(stage, data):
@@ -227,7 +227,7 @@ def test_smoke_makes_every_promised_file(stage, smoke):
     selected = stage.SELECTED.values()
     tables = ["runs", "history", "test_metrics", "confusion", "faults", "benchmark", *OWN_TABLES[stage.__name__]]
     pictures = [f"{kind}_{name}" for kind in ("curves", "confusion") for name in selected]
-    pictures += [f"sweep_{name}" for name in stage.SWEEPS] + ["faults", "benchmark", *OWN_PICTURES[stage.__name__]]
+    pictures += [f"sweep_{name}" for name in stage.AXES] + ["faults", "benchmark", *OWN_PICTURES[stage.__name__]]
     promised = {f"{name}.csv" for name in tables} | {f"{name}.png" for name in pictures}
     assert {path.name for path in folder.iterdir()} == promised | {"summary.md", "environment.json"}
     for name in pictures:
@@ -236,7 +236,7 @@ def test_smoke_makes_every_promised_file(stage, smoke):
     summary = (folder / "summary.md").read_text(encoding="utf-8")
     assert all(f"({name}.png)" in summary for name in pictures)
     runs = read(folder / "runs.csv")
-    assert {row["experiment"] for row in runs} == {*selected, "faults", *stage.SWEEPS}
+    assert {row["experiment"] for row in runs} == {*selected, "faults", *stage.AXES}
     assert {row["n_train"] for row in runs if row["experiment"] in selected} == {str(stage.SMOKE["n_train"])}
     jobs = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
     first = next(iter(selected))
