@@ -942,11 +942,13 @@ def test_tables(run: Run, test: dict) -> dict:
     }
 
 
-def fault_tables(run: Run, fault: Fault, number: float, history: list[dict]) -> dict:
+def fault_tables(run: Run, faults: dict[str, Fault], model, history: list[dict], data: Data) -> dict:
     """The row of a fault's broken or mended run: what its number came to."""
     name, variant = run.value.split(": ")
+    fault = faults[name]
     row = {"experiment": run.experiment, "value": run.value, "seed": run.config.seed, "fault": name, "variant": variant}
     row |= {column: getattr(fault, column) for column in ("symptom", "measured", "remedy")}
+    number = fault.measure(model, history, run.config, data)
     return {"faults": [row | {"number": number, "status": status(history)}]}
 
 

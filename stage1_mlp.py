@@ -351,8 +351,7 @@ def execute(run: Run, data: Data, bar: tqdm) -> dict[str, list[dict]]:
     if run.experiment in SELECTED.values():
         tables |= metrics.test_tables(run, evaluate(model, data.test))
     if run.experiment == "faults":
-        fault = FAULTS[run.value.split(": ")[0]]
-        tables |= metrics.fault_tables(run, fault, fault.measure(model, history, run.config, data), history)
+        tables |= metrics.fault_tables(run, FAULTS, model, history, data)
         name = {key: tables["faults"][0][key] for key in ("experiment", "value", "seed", "fault", "variant")}
         norms = layer_gradients(run.config, data)
         tables["gradients"] = [name | {"layer": i, "grad_norm": norm} for i, norm in enumerate(norms, 1)]
