@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import stage2_rnn as stage
 
-SMALL = stage.Config(n_hidden=9, n_train=300, batch_size=32, steps=12, n_logs=3)
+SMALL = stage.Config(reading="rows", flip=False, n_hidden=9, n_train=300, batch_size=32, steps=12, n_logs=3)
 THEIRS = {"rnn": nn.RNN, "rnn_relu": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
 KINDS = list(THEIRS)
 LENGTHS = [3, 7, 1, 5, 2]  # not sorted, with the longest and the shortest there can be
