@@ -717,10 +717,11 @@ def plot_reading(path: Path, rows: list[dict], class_names, title: str) -> None:
     images = group(next(iter(group(rows, "seed").values())), "image")
     with picture(path, (2, 8), title, width=16.0, height=8.5, left=0.6, bottom=1.0, top=0.8) as axes:
         for (pixels, probabilities), steps in zip(axes.reshape(8, 2), images.values(), strict=False):
-            image = [list(map(float, step["pixels"].split())) for step in steps]  # T × F
+            # 28 pixels wide, also where a step is two rows
+            image = np.array([[float(pixel) for pixel in step["pixels"].split()] for step in steps]).reshape(-1, 28)
             shares = [[float(step[f"p{c}"]) for c in range(len(class_names))] for step in steps]  # T × C
             ends = (len(steps) + 0.5, 0.5)  # steps count from 1, downwards
-            pixels.imshow(image, cmap="gray", aspect="auto", extent=(-0.5, len(image[0]) - 0.5, *ends))
+            pixels.imshow(image, cmap="gray", aspect="auto", extent=(-0.5, 27.5, *ends))
             probabilities.imshow(
                 shares, "Blues", aspect="auto", extent=(-0.5, len(class_names) - 0.5, *ends), vmin=0, vmax=1
             )
@@ -872,6 +873,11 @@ class Run(NamedTuple):
     value: str
     config: object
 
+    @property
+    def name(self) -> dict:
+        """The columns that every row of this run begins with."""
+        return {"experiment": self.experiment, "value": self.value, "seed": self.config.seed}
+
 
 def plan(stage, job: str, small: dict, given: dict, only: list[str], n_seeds: int | None) -> list[Run]:
     """The runs of a stage's job, each with every seed: its base Config, smaller in a smoke run, under the user's."""
@@ -922,22 +928,20 @@ def history_row(config, step: int, train_loss: float, val: dict, grad_norm: torc
 
 def tables_of(run: Run, model: torch.nn.Module, history: list[dict], val: dict, device: torch.device) -> dict:
     """A finished run's rows for the tables that every run has, runs and history; val as a stage's `evaluate` gives."""
-    name = {"experiment": run.experiment, "value": run.value, "seed": run.config.seed}
     fields = {
         k: " ".join(map(str, v)) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(run.config).items()
     }
-    row = name | fields | {"device": device.type, "threads": torch.get_num_threads(), "status": status(history)}
+    row = run.name | fields | {"device": device.type, "threads": torch.get_num_threads(), "status": status(history)}
     row |= {f"val_{key}": score for key, score in val.items() if key != "confusion"}
     row |= {"seconds": history[-1]["seconds"], "parameters": sum(p.numel() for p in model.parameters())}
-    return {"runs": [row], "history": [name | line for line in history]}
+    return {"runs": [row], "history": [run.name | line for line in history]}
 
 
 def test_tables(run: Run, test: dict) -> dict:
     """The rows of a selected model's test scores, as a stage's `evaluate` gives them: test_metrics and confusion."""
-    name = {"experiment": run.experiment, "value": run.value, "seed": run.config.seed}
     numbers = {key: score for key, score in test.items() if key != "confusion"}
     return {
-        "confusion": [name | cell for cell in cells(test["confusion"])],
+        "confusion": [run.name | cell for cell in cells(test["confusion"])],
         "test_metrics": [{"experiment": run.experiment, "seed": run.config.seed} | numbers],
     }
 
@@ -946,7 +950,7 @@ def fault_tables(run: Run, faults: dict[str, Fault], model, history: list[dict],
     """The row of a fault's broken or mended run: what its number came to."""
     name, variant = run.value.split(": ")
     fault = faults[name]
-    row = {"experiment": run.experiment, "value": run.value, "seed": run.config.seed, "fault": name, "variant": variant}
+    row = run.name | {"fault": name, "variant": variant}
     row |= {column: getattr(fault, column) for column in ("symptom", "measured", "remedy")}
     number = fault.measure(model, history, run.config, data)
     return {"faults": [row | {"number": number, "status": status(history)}]}
@@ -996,7 +1000,8 @@ def parse_command_line(
     parser.add_argument("--smoke", action="store_true", help="a tiny run of everything, into a temporary folder")
     parser.add_argument("--quiet", action="store_true", help="no progress, only the results and the paths")
     knobs = parser.add_argument_group(
-        "Config", "each sets the field of this name, except where a sweep or fault sets it"
+        "Config",
+        "each sets the field of this name, except where a sweep or fault sets it; jobs have defaults of their own",
     )
     for field in dataclasses.fields(config_type):
         kind = type(field.default)

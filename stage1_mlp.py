@@ -352,7 +352,7 @@ def execute(run: Run, data: Data, bar: tqdm) -> dict[str, list[dict]]:
         tables |= metrics.test_tables(run, evaluate(model, data.test))
     if run.experiment == "faults":
         tables |= metrics.fault_tables(run, FAULTS, model, history, data)
-        name = {key: tables["faults"][0][key] for key in ("experiment", "value", "seed", "fault", "variant")}
+        name = run.name | dict(zip(("fault", "variant"), run.value.split(": "), strict=True))
         norms = layer_gradients(run.config, data)
         tables["gradients"] = [name | {"layer": i, "grad_norm": norm} for i, norm in enumerate(norms, 1)]
     return tables

@@ -1,15 +1,16 @@
-"""Stage 2: an RNN (循环神经网络), a GRU and an LSTM made of nn.Linear read Fashion-MNIST images, two rows a step.
+"""Stage 2: an RNN (循环神经网络), a GRU and an LSTM made of nn.Linear read Fashion-MNIST images row by row.
 
 Test accuracy TODO % with one plain layer, TODO % with a GRU, TODO % with an LSTM: 5 seeds each, 2 CPU cores.
 
     python stage2_rnn.py                 all but the long GRU and LSTM runs: train, sweep, faults, benchmark, pictures
-    python stage2_rnn.py train           one plain layer of 256 units, 5 seeds, with a report per class; also: gru, lstm
+    python stage2_rnn.py train           one plain layer of 256 units, 5 seeds, with a report per class
+    python stage2_rnn.py gru             a GRU that reads both ways, 128 units each way; lstm: an LSTM
     python stage2_rnn.py sweep --only cell reading --seeds 3
     python stage2_rnn.py faults          what goes wrong in training: provoked, measured, mended; and what cells forget
     python stage2_rnn.py benchmark       speed of a training step, against nn.RNN, nn.GRU and nn.LSTM
     python stage2_rnn.py plot            draw figures/stage2/ again from its saved rows
 
-Axis letters in shape comments: B batch, T steps, F features of a step, H hidden units, G gates of a cell, N images.
+Axis letters in shape comments: B batch, T steps, F features of a step, H hidden units, G gates of a cell, C cells.
 """
 
 import functools
@@ -56,10 +57,10 @@ class Config:
     n_hidden: int = 256  # units of a layer, in each direction
     n_layers: int = 1
     bidirectional: bool = False  # read each sequence backwards as well
-    init: str = "identity"  # of W_hh, see initialise
+    init: str = "identity"  # of W_hh, see initialise; what suits each cell: SUITED
     reading: str = "two_rows"  # how an image becomes a sequence, see sequences
     readout: str = "last"  # what is classified: the state after the last step, or the mean of all steps' outputs
-    padding: int = 0  # steps of zeros after each sequence
+    padding: int = 0  # steps of zeros, which is an even grey, after each sequence
     crop: bool = False  # only the rows that show the garment: sequences of unequal length
     lengths: bool = False  # tell the network where each sequence ends
     normalise: str = "fashion_mnist"  # the data set whose mean and std scale the pixels
@@ -75,7 +76,7 @@ class Config:
     steps: int = 0  # number of updates, whatever epochs says; 0 leaves it to epochs
     n_train: int = N_TRAIN  # training images used
     n_logs: int = 30  # evaluations on the validation images during a run
-    seed: int = 0  # of weights and batch order; never of the validation split
+    seed: int = 0  # of weights, batch order and mirroring; never of the validation split
 
     def __post_init__(self):
         metrics.check_config(self, CHOICES, LIMITS)
@@ -86,6 +87,7 @@ class Config:
 
 
 SUITED = {"rnn": "orthogonal", "rnn_relu": "identity", "gru": "orthogonal", "lstm": "orthogonal"}  # W_hh of each cell
+LAST = {"bidirectional": False, "readout": "last"}  # where gradients are followed from the last state back to the first
 # a sweep is a list of changes to its base Config; to add one, add its list here and what it varies below
 # fmt: off
 SWEEPS: dict[str, list[dict]] = {
@@ -99,9 +101,8 @@ SWEEPS: dict[str, list[dict]] = {
     "reading": [{"reading": reading} for reading in CHOICES["reading"]],
     "readout": [{"readout": readout} for readout in CHOICES["readout"]],
 }
-PROBES = {  # runs of `faults` that are compared with each other: who remembers the image, that long after it?
-    "memory": [{"cell": cell, "init": init, "padding": n} for cell, init in SUITED.items() for n in (0, 28, 112, 448)],
-}
+# runs of `faults` that are compared with each other: who remembers the image that many empty steps after it?
+PROBES = {"memory": [{"cell": c, "init": i, "padding": n} | LAST for c, i in SUITED.items() for n in (0, 28, 112, 448)]}
 AXES = {
     "cell": "cell", "hidden": "hidden units", "layers": "layers", "direction": "both directions",
     "steps": "training steps, each its own run", "lr": "learning rate and clipping", "init": "cell and W_hh",
@@ -113,7 +114,7 @@ BOTH_WAYS = {"n_hidden": 128, "bidirectional": True, "reading": "rows", "init": 
 # what a job changes in the Config before the user's flags do, and how many seeds it runs
 JOBS: dict[str, tuple[dict, int]] = {
     "train": ({}, 5),
-    "gru": (BOTH_WAYS | {"cell": "gru", "epochs": 25}, 5),
+    "gru": ({"cell": "gru", "reading": "rows", "init": "orthogonal", "weight_decay": 0.1, "epochs": 30}, 5),
     "lstm": (BOTH_WAYS | {"cell": "lstm", "epochs": 15}, 5),
     "sweep": ({"n_hidden": 128, "steps": 600, "n_logs": 10}, 1),
     "faults": ({"reading": "rows", "n_hidden": 64, "steps": 300, "n_logs": 20}, 1),
@@ -175,13 +176,15 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def tanh_(x: Tensor) -> Tensor:
-    """tanh in place; on the CPU as 2σ(2x) − 1, because torch's sigmoid is several times as fast as its tanh there."""
+    """tanh in place; on the CPU as 2σ(2x) − 1, to an absolute 1e-7 in float32: there sigmoid is far faster than tanh."""
     return x.mul_(2.0).sigmoid_().mul_(2.0).sub_(1.0) if x.device.type == "cpu" else x.tanh_()
 
 
 class Cell(nn.Module):
     """What the cells share. forward(x, state): x (B, n_in), state (B, n_hidden) or None, zeros -> the next state.
 
+    Two nn.Linear hold the weights, Scan applies them. An RNNCell is, as torch would write it, x and h (B, …):
+        h = act(self.W_xh(x) + self.W_hh(h))
     Inside, a column is a sequence, so that W @ h reads as in the equations and a gate is one block of memory.
     step(p, W, b, old, new): turns p = W_xh x + b (G·H, B) into the gates, fills `new`, returns what `back` also needs.
     back(grad, p, kept, old, new, d, W_back): from grad = ∂L/∂new fills d = ∂L/∂p, returns ∂L/∂(W_hh h) and ∂L/∂old.
@@ -257,13 +260,13 @@ class GRUCell(Cell):
     def back(self, grad, p, q_n, old, new, d, W_back):
         (grad,), (h,), two = grad, old, 2 * len(old[0])
         (r, z, n), (d_r, d_z, d_n) = p.chunk(3), d.chunk(3)
-        straight = grad * z
-        tanh_backward.grad_input(grad - straight, n, grad_input=d_n)
+        direct = grad * z
+        tanh_backward.grad_input(grad - direct, n, grad_input=d_n)
         torch.mul(d_n, q_n, out=d_r)
         torch.mul(grad, h - n, out=d_z)
         sigmoid_backward.grad_input(d[:two], p[:two], grad_input=d[:two])
         d_q = torch.cat([d[:two], d_n * r])
-        return d_q, [straight.add_(product(W_back, d_q.mT))]
+        return d_q, [direct.add_(product(W_back, d_q.mT))]
 
 
 class LSTMCell(Cell):
@@ -302,8 +305,8 @@ class LSTMCell(Cell):
 class Scan(torch.autograd.Function):
     """A cell over all steps, and back-propagation through time (BPTT, 随时间反向传播; Werbos 1990) by hand.
 
-    Faster than autograd: gates are computed where their inputs were; the inputs' products are one before the loop,
-    their gradients one after. Where valid (T, 1, B) is False, past its end, a sequence's state and gradient stand.
+    Gates are computed where their inputs were; the inputs' products are one before the loop, their gradients one after.
+    Where valid (T, 1, B) is False, past its end, a sequence's state and gradient stand. First derivatives only.
     """
 
     @staticmethod
@@ -360,27 +363,27 @@ class Recurrent(nn.Module):
         self.cells = nn.ModuleList(CELLS[cell](size, n_hidden) for size in sizes for _ in range(self.n_directions))
 
     def forward(self, x: Tensor, lengths=None, state=None):
-        cell, n, valid = self.cells[0], self.n_directions, None
+        cell, n, valid, last = self.cells[0], self.n_directions, None, []
         if x.ndim != 3 or x.shape[1] == 0 or x.shape[2] != cell.W_xh.in_features:
             raise ValueError(f"sequences (B, T, {cell.W_xh.in_features}), T >= 1, expected, not {tuple(x.shape)}")
         B, T, _ = x.shape
         parts = cell.parts(state, (len(self.cells), B, cell.W_hh.in_features), x)
-        x, step = x.permute(1, 2, 0), torch.arange(T, device=x.device)[:, None, None]  # (T, F, B), (T, 1, 1)
-        backwards = T - 1 - step  # the step to read in its place
+        x, reverse = x.permute(1, 2, 0), functools.partial(torch.flip, dims=(0,))  # (T, F, B)
         if lengths is not None:
             lengths = torch.as_tensor(lengths, device=x.device)
-            if lengths.shape != (B,) or lengths.is_floating_point() or ((lengths < 1) | (lengths > T)).any():
+            whole = lengths.dtype in (torch.int32, torch.int64)
+            if lengths.shape != (B,) or not whole or ((lengths < 1) | (lengths > T)).any():
                 raise ValueError(f"lengths must be {B} whole numbers in 1 … {T}, not {lengths.tolist()}")
+            step = torch.arange(T, device=x.device)[:, None, None]
             valid = step < lengths  # (T, 1, B)
             x = x.masked_fill(~valid, 0)
-            backwards = torch.where(valid, lengths - 1 - step, step)  # padding stays behind, where nothing reads it
-        last = []
+            order = torch.where(valid, lengths - 1 - step, step)  # padding stays behind, where nothing reads it
+            reverse = functools.partial(torch.take_along_dim, indices=order, dim=0)
         for layer in range(0, len(self.cells), n):
             outputs = []
             for i in range(layer, layer + n):
-                turn = (lambda y: y.take_along_dim(backwards, 0)) if i > layer else lambda y: y
-                y, *end = self.cells[i].scan(turn(x), [part[i] for part in parts], valid)
-                outputs.append(turn(y))
+                y, *end = self.cells[i].scan(reverse(x) if i > layer else x, [part[i] for part in parts], valid)
+                outputs.append(reverse(y) if i > layer else y)
                 last.append(end)
             x = torch.cat(outputs, 1) if n > 1 else outputs[0]  # (T, n·H, B)
             x = x if valid is None else x.masked_fill(~valid, 0)
@@ -421,7 +424,7 @@ class RecurrentClassifier(nn.Module):
 
 @torch.no_grad()
 def initialise(model: RecurrentClassifier, init: str) -> None:
-    """Draw W_hh anew, gate by gate, and set b to 0; "default" keeps nn.Linear's U(±1 / √n_hidden), as nn.RNN has it.
+    """Draw W_hh anew, gate by gate, and set b_xh to 0; "default" keeps nn.Linear's U(±1 / √n_hidden), as in nn.RNN.
 
     "orthogonal" keeps the length of what passes (Saxe 2014), "large" doubles it, "identity" is for ReLU (Le 2015).
     """
@@ -447,7 +450,7 @@ def build(config: Config, device: torch.device) -> RecurrentClassifier:
     torch.manual_seed(config.seed)
     sizes = (sequences(torch.zeros(1, 28, 28), config)[0].shape[2], config.n_hidden, config.n_layers, len(CLASSES))
     model = RecurrentClassifier(config.cell, *sizes, config.bidirectional, config.readout)
-    model.register_forward_pre_hook(lambda model, images: sequences(*images, config))  # what it is called with
+    model.register_forward_pre_hook(lambda model, args: sequences(*args, config))  # whoever calls it gives images
     initialise(model, config.init)
     return model.to(device)
 
@@ -455,8 +458,8 @@ def build(config: Config, device: torch.device) -> RecurrentClassifier:
 def train(config: Config, data: Data, bar: tqdm | None = None) -> tuple[RecurrentClassifier, list[dict]]:
     """Train the Config's network: the model, and a history row for each of n_logs evenly spaced steps.
 
-    A row's train_loss is the mean since the row before. Between rows nothing waits for the device. A loss that is not
-    finite ends the run at the next row, which then holds it. The bar, if any, moves by one a step.
+    A row's train_loss is the mean since the row before. Between rows nothing but the check of lengths, if they are told,
+    waits for the device. A loss that is not finite ends the run at the next row, which then holds it.
     """
     images, labels = (part[: config.n_train] for part in data.train)
     device = images.device
@@ -502,16 +505,15 @@ def execute(run: Run, data: Data, bar: tqdm) -> dict[str, list[dict]]:
     """Train and measure one run: its rows for every table. Only the selected models ever see the test images."""
     model, history = train(run.config, data, bar)
     tables = metrics.tables_of(run, model, history, evaluate(model, data.val), data.val.images.device)
-    name = {"experiment": run.experiment, "value": run.value, "seed": run.config.seed}
     if run.experiment in SELECTED.values():
         tables |= metrics.test_tables(run, evaluate(model, data.test))
-        tables["reading"] = [name | line for line in read_step_by_step(model, run.config, data.test)]
+        tables["reading"] = [run.name | line for line in read_step_by_step(model, run.config, data.test)]
     if run.experiment == "faults":
         tables |= metrics.fault_tables(run, FAULTS, model, history, data)
     if run.experiment == "memory" and run.config.padding == 0:
         models = {"before training": build(run.config, data.val.images.device), "after training": model}
         norms = [(w, *row) for w, m in models.items() for row in enumerate(state_gradients(m, run.config, data), 1)]
-        tables["gradients"] = [name | {"when": when, "step": t, "grad_norm": norm} for when, t, norm in norms]
+        tables["gradients"] = [run.name | {"when": when, "step": t, "grad_norm": norm} for when, t, norm in norms]
     return tables
 
 
@@ -532,7 +534,7 @@ def read_step_by_step(model: RecurrentClassifier, config: Config, split: Split) 
     """The class probabilities of a few images after every step: the same model on ever longer beginnings of them."""
     x, rows = sequences(split.images[:8], config)[0], []  # (B, T, F)
     for t in range(1, x.shape[1] + 1):
-        for i, shares in enumerate(model.forward(x[:, :t]).softmax(1).tolist()):
+        for i, shares in enumerate(model.forward(x[:, :t]).softmax(1).tolist()):  # forward itself takes sequences
             row = {"image": i, "true": split.labels[i].item(), "step": t} | {f"p{c}": p for c, p in enumerate(shares)}
             rows.append(row | {"pixels": " ".join(f"{pixel:.2f}" for pixel in x[i, t - 1].tolist())})
     return rows
@@ -545,7 +547,8 @@ PADDED = {"cell": "gru", "init": "orthogonal", "crop": True, "padding": 28}
 FAULTS = {
     "vanishing gradient": Fault("the first rows teach nothing", "gradient by the first state / by the last",
         lambda model, history, config, data: (norms := state_gradients(model, config, data))[0] / norms[-1],
-        {"cell": "rnn", "init": "default"}, "ReLU, and W_hh the identity", {"cell": "rnn_relu", "init": "identity"}),
+        LAST | {"cell": "rnn", "init": "default"}, "ReLU, and W_hh the identity",
+        LAST | {"cell": "rnn_relu", "init": "identity"}),
     "exploding gradient": Fault("W_hh doubles what passes: steps too long to be of use", *ACCURACY,
         EXPLODING | {"clip": 0.0}, "gradient norm clipped at 1", EXPLODING | {"clip": 1.0}),
     "last output of padded sequences": Fault("read after the padding, which wipes the state", *ACCURACY,
