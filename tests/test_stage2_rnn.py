@@ -92,6 +92,19 @@ def test_a_cell_is_one_step_of_torchs_cell(kind, module):
     assert_equal(parts(ours(x)), parts(theirs(x)))
 
 
+@pytest.mark.parametrize("kind", ["rnn", "rnn_relu"])
+def test_layers_equal_the_plain_loop_over_linear_layers(kind):
+    """The RNN as a first course writes it, under autograd."""
+    layers, x = stage.Recurrent(kind, 3, 4).double(), torch.randn(5, 7, 3, dtype=torch.float64, requires_grad=True)
+    cell, act = layers.cells[0], {"rnn": torch.tanh, "rnn_relu": torch.relu}[kind]
+    h, outputs = torch.zeros(5, 4, dtype=torch.float64), []
+    for t in range(7):
+        h = act(cell.W_xh(x[:, t]) + cell.W_hh(h))
+        outputs.append(h)
+    mine, plain, inputs = layers(x)[0], torch.stack(outputs, 1), [x, *layers.parameters()]
+    assert_equal([mine, *gradients([mine], inputs)], [plain, *gradients([plain], inputs)])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradcheck(kind):
     torch.manual_seed(1)
@@ -163,25 +176,33 @@ def test_float32_too(kind):
     mine, other = ours(x), theirs(x)
     torch.testing.assert_close(mine[0], other[0], rtol=1e-4, atol=1e-5)
     mine, other = ([outputs, *parts(last)] for outputs, last in (mine, other))
-    torch.testing.assert_close(gradients(mine, [x])[0], gradients(other, [x])[0], rtol=1e-3, atol=1e-4)
+    cell = ours.cells[0]
+    found = gradients(mine, [x, cell.W_xh.weight, cell.W_hh.weight])
+    expected = gradients(other, [x, theirs.weight_ih_l0, theirs.weight_hh_l0])
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (5, 3, 7), (128, 64, 33)])
 def test_product_is_the_matrix_product(shape):
     M, N, K = shape
     a, b = torch.randn(M, K), torch.randn(N, K)
+    exact = torch.einsum("mk,nk->mn", a.double(), b.double())
     for left, right in itertools.product((a, a.mT.contiguous().mT), (b, b.mT.contiguous().mT)):
-        exact = (left.double() @ right.double().mT).float()
-        torch.testing.assert_close(stage.product(left, right), exact, rtol=1e-5, atol=1e-5)
-        assert torch.equal(stage.product(left.double(), right.double()), left.double() @ right.double().mT)
+        torch.testing.assert_close(stage.product(left, right), exact.float(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(stage.product(left.double(), right.double()), exact, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.skipif(stage.ONEDNN is None, reason="this torch has no oneDNN")
 def test_without_onednn_the_same(monkeypatch):
     ours, _ = pair("lstm", 5, 6, dtype=torch.float32)
-    x = torch.randn(4, 3, 5)
-    before = ours(x)[0]
-    monkeypatch.setattr(stage, "ONEDNN", None)
-    torch.testing.assert_close(ours(x)[0], before)
+    x = torch.randn(4, 3, 5, requires_grad=True)
+    results = []
+    for product in (stage.ONEDNN, None):
+        monkeypatch.setattr(stage, "ONEDNN", product)
+        outputs = ours(x)[0]
+        results.append([outputs, *gradients([outputs], [x, *ours.parameters()])])
+    assert_equal(*results, 1e-5)
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
@@ -308,6 +329,7 @@ def test_no_ready_made_recurrent_module():
     tree = ast.parse(Path(stage.__file__).read_text(encoding="utf-8"))
     ready_made = {name + suffix for name in ("RNN", "GRU", "LSTM") for suffix in ("", "Base", "Cell", "CellBase")}
     used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    used |= {node.name for node in ast.walk(tree) if isinstance(node, ast.alias)}
     assert not used & {*ready_made, "rnn_tanh", "rnn_relu", "gru", "lstm", "_VF"}
     by_name = [f.name for f in tree.body if isinstance(f, ast.FunctionDef) and "getattr(nn, " in ast.unparse(f)]
     assert by_name == ["benchmark"]
@@ -386,6 +408,7 @@ def test_initialisations():
                 expected = {"orthogonal": 1, "identity": 1, "large": 4}[init] * torch.eye(32)
                 torch.testing.assert_close(gate @ gate.mT, expected, rtol=0, atol=1e-5)
         assert bool(found.W_xh.bias.any()) == (init == "default")
+        assert found.W_hh.bias is None or found.W_hh.bias.any()
     assert torch.equal(stage.build(SMALL, torch.device("cpu")).recurrent.cells[0].W_hh.weight, torch.eye(9))
 
 
@@ -424,6 +447,39 @@ def test_a_training_step_equals_torchs(data):
 def test_every_cell_learns(data, kind):
     config = replace(SMALL, cell=kind, init=stage.SUITED[kind], n_hidden=32, n_train=2000, steps=200, lr=3e-3)
     assert stage.train(config, data)[1][-1]["val_accuracy"] > 0.5
+
+
+def test_flipping_mirrors_about_half_of_the_images_left_to_right(data, monkeypatch):
+    seen, read = [], stage.sequences
+    monkeypatch.setattr(stage, "sequences", lambda images, config: seen.append(images) or read(images, config))
+    stage.train(replace(SMALL, flip=True, n_train=200, batch_size=200, steps=1, n_logs=1), data)
+    batch = next(images for images in seen if len(images) == 200)
+    originals = {image.numpy().tobytes(): i for i, image in enumerate(data.train.images[:200])}
+    mirrored = {image.flip(1).contiguous().numpy().tobytes(): i for i, image in enumerate(data.train.images[:200])}
+    batch = [image.contiguous().numpy().tobytes() for image in batch]
+    found = [originals.get(image, mirrored.get(image)) for image in batch]
+    assert sorted(found) == list(range(200))
+    assert 60 < sum(image in mirrored for image in batch) < 140
+
+
+def test_lstm_state_gradients_are_those_of_torchs_cell(data):
+    config = replace(SMALL, cell="lstm", init="default")
+    model = stage.build(config, torch.device("cpu"))
+    cell, theirs = model.recurrent.cells[0], nn.LSTMCell(28, 9)
+    with torch.no_grad():
+        theirs.weight_ih.copy_(cell.W_xh.weight)
+        theirs.weight_hh.copy_(cell.W_hh.weight)
+        theirs.bias_ih.copy_(cell.W_xh.bias)
+        theirs.bias_hh.zero_()
+    x, state, seen = data.val.images[::10], None, []
+    for t in range(28):
+        state = tuple(part.clone() for part in theirs(x[:, t], state))  # what the next step is given: c apart from h
+        for part in state:
+            part.retain_grad()
+        seen.append(state)
+    F.cross_entropy(model.out(state[0]), data.val.labels[::10]).backward()
+    norms = [math.hypot(*(part.grad.norm().item() for part in state if part.grad is not None)) for state in seen]
+    assert stage.state_gradients(model, config, data) == pytest.approx(norms, rel=1e-3)
 
 
 def test_state_gradients_are_those_of_autograd(data):
