@@ -11,7 +11,8 @@ The three stages share this one module. Its first half is arithmetic: everything
     F1值 = 2 · precision · recall / (precision + recall) = 2 TP / (2 TP + FP + FN)
 
 Its second half is what the stages need around that: it keeps the rows of finished runs safe, draws tables and pictures
-from saved rows alone, and reads data sets, times works against each other and parses the command line.
+from saved rows alone, and reads data sets, plans and runs jobs, times works against each other and parses the command
+line.
 
     1. Arithmetic   2. Rows   3. Tables   4. Pictures   5. Jobs
 """
