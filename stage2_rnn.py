@@ -64,6 +64,7 @@ class Config:
     lengths: bool = False  # tell the network where each sequence ends
     normalise: str = "fashion_mnist"  # the data set whose mean and std scale the pixels
     flip: bool = True  # mirror every other training image, at random, left to right
+    both_views: bool = False  # evaluate on every image and on its mirror image: the mean of the logits
     label_smoothing: float = 0.1  # share of the target that is spread evenly over all classes
     optimizer: str = "adamw"
     lr: float = 2e-3  # the highest learning rate of the schedule
@@ -111,8 +112,8 @@ AXES = {
 # what a job changes in the Config before the user's flags do, and how many seeds it runs
 JOBS: dict[str, tuple[dict, int]] = {
     "train": ({}, 5),
-    "gru": ({"cell": "gru", "reading": "rows", "init": "orthogonal", "weight_decay": 0.1, "epochs": 30}, 5),
-    "lstm": ({"cell": "lstm", "init": "orthogonal", "lr": 3e-3, "epochs": 20}, 5),
+    "gru": ({"cell": "gru", "init": "orthogonal", "both_views": True}, 5),
+    "lstm": ({"cell": "lstm", "init": "orthogonal", "both_views": True, "lr": 3e-3, "epochs": 15}, 5),
     "sweep": ({"n_hidden": 128, "steps": 600, "n_logs": 10}, 1),
     "faults": ({"reading": "rows", "n_hidden": 64, "steps": 300, "n_logs": 20}, 1),
 }
@@ -180,8 +181,7 @@ def tanh_(x: Tensor) -> Tensor:
 class Cell(nn.Module):
     """What the cells share. forward(x, state): x (B, n_in), state (B, n_hidden) or None, zeros -> the next state.
 
-    Two nn.Linear hold the weights, Scan applies them. An RNNCell is, as torch would write it, x and h (B, …):
-        h = act(self.W_xh(x) + self.W_hh(h))
+    Two nn.Linear hold the weights, Scan applies them: an RNNCell's next state is act(self.W_xh(x) + self.W_hh(h)).
     Inside, a column is a sequence, so that W @ h reads as in the equations and a gate is one block of memory.
     step(p, W, b, old, new): turns p = W_xh x + b (G·H, B) into the gates, fills `new`, returns what `back` also needs.
     back(grad, p, kept, old, new, d, W_back): from grad = ∂L/∂new fills d = ∂L/∂p, returns ∂L/∂(W_hh h) and ∂L/∂old.
@@ -370,8 +370,7 @@ class Recurrent(nn.Module):
             lengths = torch.as_tensor(lengths, device=x.device)
             if lengths.shape != (B,) or lengths.is_floating_point() or ((lengths < 1) | (lengths > T)).any():
                 raise ValueError(f"lengths must be {B} whole numbers in 1 … {T}, not {lengths.tolist()}")
-            step = torch.arange(T, device=x.device)[:, None, None]
-            valid = step < lengths  # (T, 1, B)
+            valid = (step := torch.arange(T, device=x.device)[:, None, None]) < lengths  # (T, 1, B)
             x = x.masked_fill(~valid, 0)
             order = torch.where(valid, lengths - 1 - step, step)  # padding stays behind, where nothing reads it
             reverse = functools.partial(torch.take_along_dim, indices=order, dim=0)
@@ -436,7 +435,8 @@ def initialise(model: RecurrentClassifier, init: str) -> None:
 @torch.no_grad()
 def evaluate(model: nn.Module, split: Split) -> dict:
     """Loss (nats), accuracy, macro precision, recall and F1 (0 … 1), and the confusion matrix."""
-    logits = torch.cat([model(images) for images in split.images.split(1000)])  # all at once, long sequences need GiBs
+    views = (split.images, split.images.flip(2)) if model.both_views else (split.images,)  # (N, 28, 28) each
+    logits = sum(torch.cat([model(images) for images in view.split(1000)]) for view in views) / len(views)
     matrix = metrics.confusion_matrix(logits.argmax(1), split.labels, logits.shape[1])
     return metrics.scores(matrix) | {"loss": F.cross_entropy(logits, split.labels).item(), "confusion": matrix}
 
@@ -448,6 +448,7 @@ def build(config: Config, device: torch.device) -> RecurrentClassifier:
     model = RecurrentClassifier(config.cell, *sizes, config.bidirectional, config.readout)
     model.register_forward_pre_hook(lambda model, args: sequences(*args, config))  # it is called with images
     initialise(model, config.init)
+    model.both_views = config.both_views
     return model.to(device)
 
 
@@ -470,7 +471,6 @@ def train(config: Config, data: Data, bar: tqdm | None = None) -> tuple[Recurren
         x, y = images.index_select(0, batch), labels.index_select(0, batch)  # (B, 28, 28), (B,)
         if config.flip:
             x = torch.where(torch.rand(len(x), 1, 1, device=device) < 0.5, x.flip(2), x)
-
         loss = F.cross_entropy(model(x), y, label_smoothing=config.label_smoothing)  # stage 1 writes it out
         optimizer.zero_grad()
         loss.backward()

@@ -462,6 +462,18 @@ def test_flipping_mirrors_about_half_of_the_images_left_to_right(data, monkeypat
     assert 60 < sum(image in mirrored for image in batch) < 140
 
 
+def test_both_views_are_the_mean_of_an_image_and_its_mirror_image(data):
+    model = stage.build(replace(SMALL, both_views=True), torch.device("cpu"))
+    split = stage.Split(*(part[::9] for part in data.val))
+    with torch.no_grad():
+        logits = (model(split.images) + model(split.images.flip(2))) / 2
+    result = stage.evaluate(model, split)
+    assert result["accuracy"] == (logits.argmax(1) == split.labels).double().mean().item()
+    assert result["loss"] == pytest.approx(F.cross_entropy(logits, split.labels).item(), rel=1e-6)
+    model.both_views = False
+    assert stage.evaluate(model, split)["loss"] != result["loss"]
+
+
 def test_lstm_state_gradients_are_those_of_torchs_cell(data):
     config = replace(SMALL, cell="lstm", init="default")
     model = stage.build(config, torch.device("cpu"))
