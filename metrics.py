@@ -920,6 +920,25 @@ def batches(n: int, config, device: torch.device) -> Iterator[torch.Tensor]:
         yield from torch.randperm(n, device=device).split(config.batch_size)
 
 
+def augmented(images: torch.Tensor, flip: bool, shift: int) -> torch.Tensor:
+    """Images (B, 28, 28), each mirrored with probability ½ if `flip`, moved by up to `shift` pixels down and right.
+
+    What moves in from outside is as blank as the blankest pixel there is.
+    """
+    B, device = len(images), images.device
+    if flip:
+        images = torch.where(torch.rand(B, 1, 1, device=device) < 0.5, images.flip(2), images)
+    if shift:
+        wide = images.new_empty(B, 28 + 2 * shift, 28 + 2 * shift)
+        wide[:] = images.amin()
+        wide[:, shift:-shift, shift:-shift] = images
+        down, right = torch.randint(2 * shift + 1, (2, B, 1), device=device) + torch.arange(
+            28, device=device
+        )  # (B, 28)
+        images = wide[torch.arange(B, device=device)[:, None, None], down[:, :, None], right[:, None, :]]
+    return images
+
+
 def history_row(config, step: int, train_loss: float, val: dict, grad_norm: torch.Tensor, start: float) -> dict:
     """What is logged of a step: train_loss since the row before, val as a stage's `evaluate` gives it, seconds."""
     row = {"step": step, "epoch": step / math.ceil(config.n_train / config.batch_size), "train_loss": train_loss}

@@ -44,7 +44,7 @@ CHOICES = {
 }
 LIMITS = {  # each value is at least the first and less than the second
     **dict.fromkeys(("n_hidden", "n_layers", "batch_size", "epochs", "n_logs"), (1, math.inf)),
-    **dict.fromkeys(("padding", "weight_decay", "clip", "steps"), (0, math.inf)),
+    **dict.fromkeys(("padding", "shift", "weight_decay", "clip", "steps"), (0, math.inf)),
     **dict.fromkeys(("label_smoothing", "warmup"), (0, 1)),
     **{"n_train": (1, N_TRAIN + 1), "seed": (0, 2**32), "lr": (1e-12, math.inf)},
 }
@@ -64,6 +64,7 @@ class Config:
     lengths: bool = False  # tell the network where each sequence ends
     normalise: str = "fashion_mnist"  # the data set whose mean and std scale the pixels
     flip: bool = True  # mirror every other training image, at random, left to right
+    shift: int = 0  # move every training image by up to that many pixels each way, at random
     both_views: bool = False  # evaluate on every image and on its mirror image: the mean of the logits
     label_smoothing: float = 0.1  # share of the target that is spread evenly over all classes
     optimizer: str = "adamw"
@@ -112,7 +113,10 @@ AXES = {
 # what a job changes in the Config before the user's flags do, and how many seeds it runs
 JOBS: dict[str, tuple[dict, int]] = {
     "train": ({}, 5),
-    "gru": ({"cell": "gru", "init": "orthogonal", "both_views": True}, 5),
+    "gru": (
+        {"cell": "gru", "init": "orthogonal", "both_views": True, "shift": 1, "weight_decay": 0.1, "epochs": 35},
+        5,
+    ),
     "lstm": ({"cell": "lstm", "init": "orthogonal", "both_views": True, "lr": 3e-3, "epochs": 15}, 5),
     "sweep": ({"n_hidden": 128, "steps": 600, "n_logs": 10}, 1),
     "faults": ({"reading": "rows", "n_hidden": 64, "steps": 300, "n_logs": 20}, 1),
@@ -469,8 +473,7 @@ def train(config: Config, data: Data, bar: tqdm | None = None) -> tuple[Recurren
 
     for step, batch in zip(range(1, n_steps + 1), batches(len(images), config, device), strict=False):
         x, y = images.index_select(0, batch), labels.index_select(0, batch)  # (B, 28, 28), (B,)
-        if config.flip:
-            x = torch.where(torch.rand(len(x), 1, 1, device=device) < 0.5, x.flip(2), x)
+        x = metrics.augmented(x, config.flip, config.shift)
         loss = F.cross_entropy(model(x), y, label_smoothing=config.label_smoothing)  # stage 1 writes it out
         optimizer.zero_grad()
         loss.backward()
