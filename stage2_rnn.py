@@ -110,14 +110,12 @@ AXES = {
     "reading": "how the image is read", "readout": "what is classified", "memory": "cell, and empty steps at the end",
 }
 # fmt: on
+GATED = {"init": "orthogonal", "shift": 1, "both_views": True, "weight_decay": 0.1}  # a GRU and an LSTM overfit sooner
 # what a job changes in the Config before the user's flags do, and how many seeds it runs
 JOBS: dict[str, tuple[dict, int]] = {
     "train": ({}, 5),
-    "gru": (
-        {"cell": "gru", "init": "orthogonal", "both_views": True, "shift": 1, "weight_decay": 0.1, "epochs": 35},
-        5,
-    ),
-    "lstm": ({"cell": "lstm", "init": "orthogonal", "both_views": True, "lr": 3e-3, "epochs": 15}, 5),
+    "gru": (GATED | {"cell": "gru", "epochs": 35}, 5),
+    "lstm": (GATED | {"cell": "lstm", "lr": 3e-3, "epochs": 15}, 5),
     "sweep": ({"n_hidden": 128, "steps": 600, "n_logs": 10}, 1),
     "faults": ({"reading": "rows", "n_hidden": 64, "steps": 300, "n_logs": 20}, 1),
 }
@@ -349,10 +347,9 @@ class Scan(torch.autograd.Function):
 class Recurrent(nn.Module):
     """Layers of cells over whole sequences, of any length, in one direction or both; nn.RNN, nn.GRU or nn.LSTM by hand.
 
-    forward(x, lengths, state): x (B, T, n_in); lengths (B,) of 1 … T, None is T for all; state (C, B, n_hidden) for the
-    C cells, layer by layer and forwards before backwards; None is zeros -> outputs (B, T, n_hidden · directions), zero
-    past a sequence's end, and the state after each sequence's last step. An LSTM's state is a pair of such tensors.
-    What x holds past the end has no influence. ValueError on any other shape, with the value.
+    forward(x, lengths, state): x (B, T, n_in); lengths (B,) of 1 … T, None is T; state (C, B, n_hidden), layer by layer
+    and forwards before backwards, None is zeros, for an LSTM a pair -> outputs (B, T, n_hidden · directions), zero past
+    a sequence's end, where x has no influence, and the state after each one's last step. ValueError on other shapes.
     """
 
     def __init__(self, cell="rnn", n_in=28, n_hidden=128, n_layers=1, bidirectional=False):

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+import metrics
 import stage2_rnn as stage
 
 SMALL = stage.Config(reading="rows", flip=False, n_hidden=9, n_train=300, batch_size=32, steps=12, n_logs=3)
@@ -460,6 +461,20 @@ def test_flipping_mirrors_about_half_of_the_images_left_to_right(data, monkeypat
     found = [originals.get(image, mirrored.get(image)) for image in batch]
     assert sorted(found) == list(range(200))
     assert 60 < sum(image in mirrored for image in batch) < 140
+
+
+def test_shifting_moves_each_image_by_itself_and_fills_up_with_blank():
+    torch.manual_seed(0)
+    images = 1 + torch.rand(300, 28, 28)
+    images[0, 0, 0] = -1.0  # the blankest
+    moved = metrics.augmented(images, False, 2)
+    seen = set()
+    for before, after in zip(images, moved, strict=True):
+        wide = F.pad(before, (2, 2, 2, 2), value=-1.0)
+        places = itertools.product(range(5), range(5))
+        seen |= {(i, j) for i, j in places if torch.equal(wide[i : i + 28, j : j + 28], after)}
+    assert len(seen) == 25
+    assert torch.equal(metrics.augmented(images, False, 0), images)
 
 
 def test_both_views_are_the_mean_of_an_image_and_its_mirror_image(data):
