@@ -526,7 +526,8 @@ def plot_sweep(path: Path, rows: list[dict], history: list[dict], title: str, ax
             errors = [100 * p.std if p.n > 1 else 0 for p in points]
             where = positions + shift
             left.errorbar(where, [100 - 100 * p.mean for p in points], errors, fmt=marker, capsize=4, label=label)
-        left.set_xticks(positions, [textwrap.fill(value, 10) for value in values] if long else values, fontsize=8.5)
+        names = [textwrap.fill(value, 10) for value in values] if long else values
+        left.set_xticks(positions, names, fontsize=8.5 if len(names) < 8 else 7)
         left.set(xlabel=axis, ylabel="validation error (%)")
         log_y(left)
         left.legend()
