@@ -549,14 +549,17 @@ def plot_confusion(path: Path, matrix, class_names, title: str) -> None:
     """The confusion matrix: counts in every cell, colour by the share of the true class (log, so that errors show)."""
     matrix = _matrix(matrix).numpy()
     share = 100 * matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
-    with picture(path, (1, 1), title, height=7.0, width=8.0) as axes:
+    long = max(map(len, map(str, class_names))) > 3
+    with picture(
+        path, (1, 1), title, height=7.0, width=8.0, left=1.3 if long else 0.8, bottom=1.0 if long else 0.6
+    ) as axes:
         norm = matplotlib.colors.LogNorm(vmin=0.05, vmax=100)
         image = axes.imshow(np.maximum(share, 0.05), cmap="Blues", norm=norm)
         for (row, column), count in np.ndenumerate(matrix):
             color = "white" if share[row, column] > 10 else "black"
             axes.text(column, row, f"{count:,}" if count else "·", ha="center", va="center", color=color, fontsize=10)
         ticks = range(len(matrix))
-        axes.set_xticks(ticks, class_names, rotation=45 if max(map(len, map(str, class_names))) > 3 else 0)
+        axes.set_xticks(ticks, class_names, rotation=45 if long else 0)
         axes.set_yticks(ticks, class_names)
         axes.set(xlabel="predicted class", ylabel="true class")
         axes.grid(False)
