@@ -616,7 +616,8 @@ class Album:
             if name in self.runs:
                 rows, title = self.runs[name], f"{self.subject}, sweep: {name}"
                 self.text += ["", f"## Sweep: {name}", "", sweep_table(rows, axis), "", finding(rows, axis)]
-                self.add(f"sweep_{name}", plot_sweep, rows, self.history[name], title, axis)
+                if len(group(rows, "value")) <= 10:  # more values do not fit side by side
+                    self.add(f"sweep_{name}", plot_sweep, rows, self.history[name], title, axis)
 
     def faults(self) -> None:
         """What was provoked and mended: the table, and the losses of each pair of runs."""

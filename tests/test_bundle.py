@@ -227,7 +227,7 @@ def test_smoke_makes_every_promised_file(stage, smoke):
     selected = stage.SELECTED.values()
     tables = ["runs", "history", "test_metrics", "confusion", "faults", "benchmark", *OWN_TABLES[stage.__name__]]
     pictures = [f"{kind}_{name}" for kind in ("curves", "confusion") for name in selected]
-    pictures += [f"sweep_{name}" for name in stage.AXES] + ["faults", "benchmark", *OWN_PICTURES[stage.__name__]]
+    pictures += [f"sweep_{name}" for name in stage.SWEEPS] + ["faults", "benchmark", *OWN_PICTURES[stage.__name__]]
     promised = {f"{name}.csv" for name in tables} | {f"{name}.png" for name in pictures}
     assert {path.name for path in folder.iterdir()} == promised | {"summary.md", "environment.json"}
     for name in pictures:
