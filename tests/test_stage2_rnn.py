@@ -534,3 +534,14 @@ def test_the_last_probabilities_of_a_reading_are_the_models_own(data):
     assert [row["true"] for row in rows[:8]] == data.test.labels[:8].tolist()
     pixels = torch.tensor([[float(v) for v in row["pixels"].split()] for row in rows if row["image"] == 3])
     torch.testing.assert_close(pixels, data.test.images[3], rtol=0, atol=0.0051)
+
+
+def test_the_speeds_in_the_prose_are_those_of_the_committed_rows(quoted_rows):
+    rows, readme = quoted_rows("stage2", "benchmark", "benchmark")
+    times = {(row["group"], row["name"]): 1 / float(row["ratio"]) for row in rows}
+    for cell in ("rnn", "gru", "lstm"):
+        sizes = itertools.product((64, 128, 256), (128, 512))
+        line = [f"{times[f'steps/s, {cell}, hidden {H}, batch {B}', 'ours']:.2f}" for H, B in sizes]
+        assert f"| {cell.upper()} | {' | '.join(line)} |" in readme
+    alone = times["steps/s, lstm, hidden 128, batch 128", "products alone"]
+    assert f"take {alone:.2f} of the fused kernel's whole step" in readme
