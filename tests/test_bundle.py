@@ -81,7 +81,10 @@ SMALL = {  # a Config that trains in a moment
     "stage1_mlp": {"hidden": (9, 7), "dropout": 0.2, "deform": 1.0},
     "stage2_rnn": {"n_hidden": 9, "cell": "gru", "n_layers": 2, "bidirectional": True},
 }
-BY_HEART = {"stage1_mlp": {"hidden": (128, 256)}, "stage2_rnn": {"n_hidden": 128, "clip": 0.0}}
+BY_HEART = {
+    "stage1_mlp": {"hidden": (128, 256), "steps": 150},
+    "stage2_rnn": {"n_hidden": 128, "steps": 400, "flip": False},
+}
 SETS = {"stage1_mlp": ("MNIST", "FashionMNIST"), "stage2_rnn": ("FashionMNIST", "MNIST")}  # its own, and the other
 OWN_TABLES = {"stage1_mlp": ["gradients"], "stage2_rnn": ["gradients", "reading"]}
 OWN_PICTURES = {
@@ -160,12 +163,12 @@ def test_the_split_does_not_depend_on_the_run(stage, data):
 
 def test_one_batch_is_learned_by_heart(stage, data):
     own = BY_HEART[stage.__name__]
-    config = stage.Config(n_train=64, batch_size=64, steps=150, n_logs=1, lr=3e-3, label_smoothing=0.0, **own)
+    config = stage.Config(n_train=64, batch_size=64, n_logs=3, lr=3e-3, label_smoothing=0.0, **own)
     model, history = stage.train(config, data)
-    assert history[-1]["train_loss"] < 1  # the mean over the run
+    assert history[-1]["train_loss"] < 1e-3
     seen = stage.evaluate(model, metrics.Split(*(part[:64] for part in data.train)))
     assert seen["accuracy"] == 1
-    assert seen["loss"] < 0.02
+    assert seen["loss"] < 1e-3
 
 
 def test_the_same_seed_gives_the_same_history(stage, data, small):
@@ -216,7 +219,7 @@ def test_evaluate_equals_scikit_learn_and_leaves_the_model_as_it_was(stage, data
     )
     expected = {"accuracy": (logits.argmax(1) == split.labels).double().mean().item(), "macro_precision": p}
     expected |= {"macro_recall": r, "macro_f1": f, "loss": F.cross_entropy(logits, split.labels).item()}
-    assert result == pytest.approx(expected, rel=1e-5)
+    assert result == pytest.approx(expected, rel=1e-6)
 
 
 # ---- the command line ----
