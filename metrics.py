@@ -925,6 +925,30 @@ def batches(n: int, config, device: torch.device) -> Iterator[torch.Tensor]:
         yield from torch.randperm(n, device=device).split(config.batch_size)
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies matrices in bfloat16 by instructions of its own; elsewhere that is slow."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    found = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+
+
+def inference(measure: Callable) -> Callable:
+    """Of a function of a model: run it without gradients and with dropout off, and leave the model as it was."""
+
+    @functools.wraps(measure)
+    def wrapped(model: torch.nn.Module, *args, **kwargs):
+        was_training = model.training
+        model.eval()
+        try:
+            with torch.no_grad():
+                return measure(model, *args, **kwargs)
+        finally:
+            model.train(was_training)
+
+    return wrapped
+
+
 def augmented(images: torch.Tensor, flip: bool, shift: int) -> torch.Tensor:
     """Images (B, 28, 28), each mirrored with probability ½ if `flip`, moved by up to `shift` pixels down and right.
 

@@ -277,13 +277,10 @@ def backprop(model: MLP, images: Tensor, target: Tensor) -> dict[str, Tensor]:
 # -------- 5. Training ------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
+@metrics.inference
 def evaluate(model: nn.Module, split: Split) -> dict:
     """Loss (nats), accuracy, macro precision, recall and F1 (0 … 1), and the confusion matrix, with dropout off."""
-    was_training = model.training
-    model.eval()
     logits = model(split.images)
-    model.train(was_training)
     matrix = metrics.confusion_matrix(logits.argmax(1), split.labels, logits.shape[1])
     loss = cross_entropy(logits, split.labels).item()
     return {**metrics.scores(matrix), "loss": loss, "confusion": matrix}

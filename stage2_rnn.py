@@ -45,7 +45,7 @@ CHOICES = {
 LIMITS = {  # each value is at least the first and less than the second
     **dict.fromkeys(("n_hidden", "n_layers", "batch_size", "epochs", "n_logs"), (1, math.inf)),
     **dict.fromkeys(("padding", "shift", "weight_decay", "clip", "steps"), (0, math.inf)),
-    **dict.fromkeys(("label_smoothing", "warmup"), (0, 1)),
+    **dict.fromkeys(("dropout", "label_smoothing", "warmup"), (0, 1)),
     **{"n_train": (1, N_TRAIN + 1), "seed": (0, 2**32), "lr": (1e-12, math.inf)},
 }
 
@@ -66,6 +66,7 @@ class Config:
     flip: bool = True  # mirror every other training image, at random, left to right
     shift: int = 0  # move every training image by up to that many pixels each way, at random
     both_views: bool = False  # evaluate on every image and on its mirror image: the mean of the logits
+    dropout: float = 0.0  # share zeroed, while training, of what a layer hands to the next and of what is classified
     label_smoothing: float = 0.1  # share of the target that is spread evenly over all classes
     optimizer: str = "adamw"
     lr: float = 2e-3  # the highest learning rate of the schedule
@@ -114,7 +115,7 @@ GATED = {"init": "orthogonal", "shift": 1, "both_views": True, "weight_decay": 0
 # what a job changes in the Config before the user's flags do, and how many seeds it runs
 JOBS: dict[str, tuple[dict, int]] = {
     "train": ({}, 5),
-    "gru": (GATED | {"cell": "gru", "epochs": 35}, 5),
+    "gru": (GATED | {"cell": "gru", "n_layers": 2, "dropout": 0.3}, 5),
     "lstm": (GATED | {"cell": "lstm", "lr": 3e-3, "epochs": 15}, 5),
     "sweep": ({"n_hidden": 128, "steps": 600, "n_logs": 10}, 1),
     "faults": ({"reading": "rows", "n_hidden": 64, "steps": 200, "n_logs": 10}, 1),
@@ -164,8 +165,7 @@ def sequences(images: Tensor, config: Config) -> tuple[Tensor, Tensor | None]:
 # -------- 4. Model ---------------------------------------------------------------------------------------------------
 
 ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # a private name, so it may be gone one day
-sigmoid_backward = torch.ops.aten.sigmoid_backward  # (g, y) -> g y (1 − y)
-tanh_backward = torch.ops.aten.tanh_backward  # (g, y) -> g (1 − y²)
+sigmoid_backward, tanh_backward = torch.ops.aten.sigmoid_backward, torch.ops.aten.tanh_backward  # (g, y): of outputs y
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -352,11 +352,11 @@ class Recurrent(nn.Module):
     a sequence's end, where x has no influence, and the state after each one's last step. ValueError on other shapes.
     """
 
-    def __init__(self, cell="rnn", n_in=28, n_hidden=128, n_layers=1, bidirectional=False):
+    def __init__(self, cell="rnn", n_in=28, n_hidden=128, n_layers=1, bidirectional=False, dropout=0.0):
         super().__init__()
         if cell not in CELLS or n_layers < 1:
             raise ValueError(f"at least one layer of {', '.join(CELLS)} expected, not {n_layers=}, {cell=}")
-        self.n_directions = 2 if bidirectional else 1
+        self.n_directions, self.dropout = 2 if bidirectional else 1, dropout  # of what a layer hands to the next
         sizes = [n_in] + [self.n_directions * n_hidden] * (n_layers - 1)
         self.cells = nn.ModuleList(CELLS[cell](size, n_hidden) for size in sizes for _ in range(self.n_directions))
 
@@ -376,7 +376,7 @@ class Recurrent(nn.Module):
             order = torch.where(valid, lengths - 1 - step, step)  # padding stays behind, where nothing reads it
             reverse = functools.partial(torch.take_along_dim, indices=order, dim=0)
         for layer in range(0, len(self.cells), n):
-            outputs = []
+            x, outputs = F.dropout(x, self.dropout, self.training and layer > 0), []
             for i in range(layer, layer + n):
                 y, *end = self.cells[i].scan(reverse(x) if i > layer else x, [part[i] for part in parts], valid)
                 outputs.append(reverse(y) if i > layer else y)
@@ -397,25 +397,26 @@ class RecurrentClassifier(nn.Module):
     """
 
     def __init__(
-        self, cell="rnn", n_in=28, n_hidden=128, n_layers=1, n_classes=10, bidirectional=False, readout="last"
-    ):
+        self, cell="rnn", n_in=28, n_hidden=128, n_layers=1, n_classes=10, bidirectional=False, readout="last",
+        dropout=0.0,
+    ):  # fmt: skip
         super().__init__()
         if readout not in CHOICES["readout"]:
             raise ValueError(f"readout must be one of {', '.join(CHOICES['readout'])}, not {readout!r}")
-        self.recurrent = Recurrent(cell, n_in, n_hidden, n_layers, bidirectional)
+        self.recurrent = Recurrent(cell, n_in, n_hidden, n_layers, bidirectional, dropout)
         self.out = nn.Linear(n_hidden * self.recurrent.n_directions, n_classes)
-        self.readout = readout
+        self.readout, self.dropout = readout, nn.Dropout(dropout)
 
     def forward(self, x: Tensor, lengths=None) -> Tensor:
         outputs, state = self.recurrent(x, lengths)
         if self.readout == "mean":
             steps = x.shape[1] if lengths is None else torch.as_tensor(lengths, device=x.device)[:, None]
-            return self.out(outputs.sum(1) / steps)
+            return self.out(self.dropout(outputs.sum(1) / steps))
         return self.of_state(state)
 
     def of_state(self, state) -> Tensor:
         h = state[0] if isinstance(state, tuple) else state
-        return self.out(torch.cat([*h[-self.recurrent.n_directions :]], 1))  # the top layer's, of each direction
+        return self.out(self.dropout(torch.cat([*h[-self.recurrent.n_directions :]], 1)))  # top layer, each direction
 
 
 @torch.no_grad()
@@ -433,9 +434,9 @@ def initialise(model: RecurrentClassifier, init: str) -> None:
 # -------- 5. Training ------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
+@metrics.inference
 def evaluate(model: nn.Module, split: Split) -> dict:
-    """Loss (nats), accuracy, macro precision, recall and F1 (0 … 1), and the confusion matrix."""
+    """Loss (nats), accuracy, macro precision, recall and F1 (0 … 1), and the confusion matrix, with dropout off."""
     views = (split.images, split.images.flip(2)) if model.both_views else (split.images,)  # (N, 28, 28) each
     logits = sum(torch.cat([model(images) for images in view.split(1000)]) for view in views) / len(views)
     matrix = metrics.confusion_matrix(logits.argmax(1), split.labels, logits.shape[1])
@@ -446,7 +447,7 @@ def build(config: Config, device: torch.device) -> RecurrentClassifier:
     """The Config's network, on the device, with weights drawn from the Config's seed: images (B, 28, 28) -> logits."""
     torch.manual_seed(config.seed)
     sizes = (sequences(torch.zeros(1, 28, 28), config)[0].shape[2], config.n_hidden, config.n_layers, len(CLASSES))
-    model = RecurrentClassifier(config.cell, *sizes, config.bidirectional, config.readout)
+    model = RecurrentClassifier(config.cell, *sizes, config.bidirectional, config.readout, config.dropout)
     model.register_forward_pre_hook(lambda model, args: sequences(*args, config))  # it is called with images
     initialise(model, config.init)
     model.both_views = config.both_views
@@ -464,14 +465,12 @@ def train(config: Config, data: Data, bar: tqdm | None = None) -> tuple[Recurren
     model = build(config, device)
     optimizer = OPTIMIZERS[config.optimizer](parameter_groups(model, config.weight_decay), lr=config.lr, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, functools.partial(one_cycle, config))
-    n_steps = config.n_steps
-    logged = {math.ceil(n_steps * (i + 1) / config.n_logs) for i in range(config.n_logs)}
+    logged = {math.ceil(config.n_steps * (i + 1) / config.n_logs) for i in range(config.n_logs)}
     history, since, loss_sum, start = [], 0, torch.zeros((), device=device), time.perf_counter()
 
-    for step, batch in zip(range(1, n_steps + 1), batches(len(images), config, device), strict=False):
-        x, y = images.index_select(0, batch), labels.index_select(0, batch)  # (B, 28, 28), (B,)
-        x = metrics.augmented(x, config.flip, config.shift)
-        loss = F.cross_entropy(model(x), y, label_smoothing=config.label_smoothing)  # stage 1 writes it out
+    for step, batch in zip(range(1, config.n_steps + 1), batches(len(images), config, device), strict=False):
+        x = metrics.augmented(images.index_select(0, batch), config.flip, config.shift)  # (B, 28, 28)
+        loss = F.cross_entropy(model(x), labels[batch], label_smoothing=config.label_smoothing)  # stage 1 writes it out
         optimizer.zero_grad()
         loss.backward()
         if config.clip:
@@ -500,6 +499,7 @@ def train(config: Config, data: Data, bar: tqdm | None = None) -> tuple[Recurren
 def execute(run: Run, data: Data, bar: tqdm) -> dict[str, list[dict]]:
     """Train and measure one run: its rows for every table. Only the selected models ever see the test images."""
     model, history = train(run.config, data, bar)
+    model.eval()
     tables = metrics.tables_of(run, model, history, evaluate(model, data.val), data.val.images.device)
     if run.experiment in SELECTED.values():
         tables |= metrics.test_tables(run, evaluate(model, data.test))
@@ -537,9 +537,9 @@ def read_step_by_step(model: RecurrentClassifier, config: Config, split: Split) 
 
 
 ACCURACY = ("validation accuracy (%)", lambda model, history, *_: 100 * history[-1]["val_accuracy"])
+# fmt: off
 EXPLODING = {"cell": "rnn_relu", "init": "large", "optimizer": "sgd", "lr": 0.1}
 PADDED = {"cell": "gru", "init": "orthogonal", "crop": True, "padding": 28}
-# fmt: off
 FAULTS = {
     "vanishing gradient": Fault("the first rows teach nothing", "at the start, gradient by the first state / the last",
         lambda _, __, c, data: (g := state_gradients(build(c, data.val.labels.device), c, data))[0] / g[-1],

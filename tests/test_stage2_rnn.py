@@ -287,6 +287,20 @@ def test_the_classifier_reads_out_the_last_state_or_the_mean(kind, bidirectional
         assert_equal([classifier(x)], [classifier(x, [7] * 5)], 1e-13)
 
 
+def test_dropout_falls_between_the_layers_and_on_what_is_classified(monkeypatch):
+    """With a dropout that doubles, whatever it is given, the result is that of the layers with these doublings."""
+    torch.manual_seed(0)
+    model, x = stage.RecurrentClassifier("gru", 3, 4, 2, 6, True, dropout=0.5).double(), torch.randn(5, 7, 3).double()
+    lower, upper = (stage.Recurrent("gru", size, 4, 1, True).double() for size in (3, 8))
+    for layer, cells in ((lower, model.recurrent.cells[:2]), (upper, model.recurrent.cells[2:])):
+        layer.cells.load_state_dict(cells.state_dict())
+    last = upper(lower(x)[0])[1]
+    assert_equal([model.eval()(x)], [model.out(torch.cat([*last], 1))])
+    last = upper(2 * lower(x)[0])[1]
+    monkeypatch.setattr(F, "dropout", lambda x, p, training, inplace=False: 2 * x if training and p == 0.5 else x)
+    assert_equal([model.train()(x)], [model.out(2 * torch.cat([*last], 1))])
+
+
 def test_what_is_wrong_is_quoted():
     layers = stage.Recurrent("gru", 3, 4, 2)
     x = torch.zeros(5, 7, 3)
@@ -326,7 +340,7 @@ def test_no_ready_made_recurrent_module():
     for kind, bidirectional in itertools.product(KINDS, (False, True)):
         modules = stage.RecurrentClassifier(kind, n_layers=2, bidirectional=bidirectional).modules()
         own = (stage.RecurrentClassifier, stage.Recurrent, stage.Cell)
-        assert all(isinstance(m, (*own, nn.Linear, nn.ModuleList)) for m in modules)
+        assert all(isinstance(m, (*own, nn.Linear, nn.ModuleList, nn.Dropout)) for m in modules)
     tree = ast.parse(Path(stage.__file__).read_text(encoding="utf-8"))
     ready_made = {name + suffix for name in ("RNN", "GRU", "LSTM") for suffix in ("", "Base", "Cell", "CellBase")}
     used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
