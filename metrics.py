@@ -397,13 +397,14 @@ def markdown(header: list[str], rows: list[list]) -> str:
 def sweep_table(rows: list[dict], axis: str) -> str:
     """One line a value of the sweep: the validation metrics in % (mean ± std over seeds), loss, size and time."""
     header = [axis, "accuracy %", "macro precision %", "macro recall %", "macro F1 %", "loss"]
-    header += ["parameters", "seconds", "n", "diverged"]
+    sizes = [column for column in ("parameters", "cache_bytes") if column in rows[0]]
+    header += [*(column.replace("_", " ") for column in sizes), "seconds", "n", "diverged"]
     lines = []
     for value, runs in group(rows, "value").items():
         line = [value]
         for name in ("accuracy", "macro_precision", "macro_recall", "macro_f1"):
             line.append(mean(r[f"val_{name}"] for r in runs).percent())
-        line += [mean(r["val_loss"] for r in runs).text(".4f"), f"{int(runs[0]['parameters']):,}"]
+        line += [mean(r["val_loss"] for r in runs).text(".4f"), *(f"{int(runs[0][column]):,}" for column in sizes)]
         line += [f"{statistics.median(float(r['seconds']) for r in runs):.1f}", len(runs)]
         line.append(sum(r["status"] == "diverged" for r in runs))
         lines.append(line)
@@ -619,6 +620,94 @@ class Album:
                 if len(group(rows, "value")) <= 10:  # more values do not fit side by side
                     self.add(f"sweep_{name}", plot_sweep, rows, self.history[name], title, axis)
 
+    def section(self, title: str, *paragraphs: str) -> None:
+        self.text += ["", f"## {title}", *(line for paragraph in paragraphs for line in ("", paragraph))]
+
+    def demo(self) -> None:
+        """A random matrix through the variants of attention: weights, their entropy, and which heads share what."""
+        variants = group(read_rows(self.folder / "demo.csv"), "variant")
+        if not variants:
+            return
+        lines, weights = [], {}
+        for name, rows in variants.items():
+            entropies = [mean(row[column] for row in rows).mean for column in ("entropy", "entropy_unscaled")]
+            off = max(float(row["row_error"]) for row in rows)
+            lines.append([name, *(f"{entropy:.3f}" for entropy in entropies), f"{off:.0e}"])
+            weights[name] = {f"head {h}": matrix(found, "weights") for h, found in group(rows, "head").items()}
+        header = [
+            "variant",
+            "entropy, scores over √d (nats)",
+            "entropy, scores as they are",
+            "largest error of a row sum",
+        ]
+        first = "\n".join(row["weights"] for row in rows if row["head"] == "0")
+        title, note = "Attention weights of a random matrix", f"{name}, head 0, a row for each of the six queries:"
+        self.section(title, markdown(header, lines), note, f"```\n{first}\n```")
+        self.add("demo_weights", plot_maps, weights, f"{title}: every row sums to 1")
+        links = group(read_rows(self.folder / "sharing.csv"), "variant")
+        self.add("demo_sharing", plot_sharing, links, "A disturbed key/value head changes these query heads")
+
+    def compared(self, first: str) -> None:
+        """The selected models beside the first, seed by seed: accuracy, size, and what their caches hold."""
+        tests = group(read_rows(self.folder / "test_metrics.csv"), "experiment")
+        if first not in tests:
+            return
+        own = {row["seed"]: 100 * float(row["accuracy"]) for row in tests[first]}
+        lines = []
+        for name, rows in tests.items():
+            apart = mean(100 * float(r["accuracy"]) - own[r["seed"]] for r in rows if r["seed"] in own)
+            run = self.runs[name][0]
+            sizes = [run["n_kv_heads"], *(f"{int(run[column]):,}" for column in ("parameters", "cache_bytes"))]
+            lines.append([name, mean(r["accuracy"] for r in rows).percent(), apart.text("+.2f"), apart.n, *sizes])
+        header = ["test images", "accuracy %", f"points above {first}, seed by seed", "n", "key/value heads"]
+        table = markdown([*header, "parameters", "cache bytes of an image"], lines)
+        self.section("What sharing keys and values costs and saves", table)
+
+    def maps(self, class_names) -> None:
+        """What each head of the selected models attends to."""
+        for name, rows in group(read_rows(self.folder / "maps.csv"), "experiment").items():
+            grid = {}
+            for found in group(next(iter(group(rows, "seed").values())), "image").values():
+                heads = group(found, "head")
+                image = {class_names[int(found[0]["true"])]: matrix(heads["0"], "token")}
+                grid[f"image {len(grid)}"] = image | {f"head {h}": matrix(w, "weights") for h, w in heads.items()}
+            title = f"{self.subject}, {name}: what the last block's queries (rows) attend to (columns)"
+            self.add(f"maps_{name}", plot_maps, grid, title)
+
+    def arithmetic(self) -> None:
+        """What becomes of the formula of attention where it is written without care."""
+        rows = read_rows(self.folder / "arithmetic.csv")
+        if rows:
+            columns = ["case", "plain", "ours"]
+            table = markdown(columns, [[row[column] for column in columns] for row in rows])
+            self.section("Faults of the formula: outputs and gradients that are nan, of 768 numbers", table)
+
+    def decode(self) -> None:
+        """What the next token costs after S cached ones, for every number of key/value heads."""
+        rows = read_rows(self.folder / "decode.csv")
+        if not rows:
+            return
+        lines, ours, few, whole = [], [], [], []
+        for found in group([row | {"of": row["S"] + row["G"]} for row in rows], "of").values():
+            S, G = found[0]["S"], found[0]["G"]
+            seconds = {r["name"]: float(r["seconds"]) for r in found}
+            ratios = [f"{other / seconds['ours']:.2f}" for name, other in seconds.items() if name != "ours"]
+            times = [f"{1000 * s:.3g}" for s in seconds.values()]
+            lines.append([S, G, f"{int(found[0]['cache_bytes']):,}", *times, *ratios])
+            ours += [{"series": f"{G} key/value heads", "tokens": S, "ms": 1000 * seconds["ours"]}]
+            few += [{"series": name, "tokens": S, "ms": 1000 * s} for name, s in seconds.items() if G == "4"]
+        names = list(seconds)
+        header = ["cached tokens", "key/value heads", "cache bytes", *(f"{name}, ms" for name in names)]
+        table = markdown([*header, *(f"{name} / ours" for name in names if name != "ours")], lines)
+        self.section(f"Decoding on {rows[0]['device']}: one token attends to the cached ones", table)
+        for row in read_rows(self.folder / "benchmark.csv"):
+            if row["group"].startswith("tokens/s"):
+                whole += [
+                    {"series": row["name"], "tokens": row["group"].split()[1], "ms": 1000 * float(row["seconds"])}
+                ]
+        panels = {"ours, one token": ours, "4 key/value heads, one token": few, "a whole sequence": whole}
+        self.lines("decode", panels, "series", "tokens", "ms", "milliseconds", log_x=True)
+
     def faults(self) -> None:
         """What was provoked and mended: the table, and the losses of each pair of runs."""
         faults = group(read_rows(self.folder / "faults.csv"), "fault")
@@ -700,22 +789,70 @@ def plot_bars(path: Path, rows: list[dict], title: str) -> None:
             panel.remove()
 
 
-def plot_lines(path: Path, panels: dict[str, list[dict]], series: str, x: str, y: str, ylabel: str, scale=0.0) -> None:
+def plot_lines(
+    path: Path, panels: dict[str, list[dict]], series: str, x: str, y: str, ylabel="", scale=0.0, log_x=False
+) -> None:
     """A panel for each title's rows: the mean of column y over column x, one line for each value of column `series`.
 
     On a logarithmic y axis, or times `scale` on a linear one.
     """
-    with picture(path, (1, len(panels)), "", width=2 + 5.0 * len(panels), left=1.1) as axes:
-        for panel, (title, rows) in zip(np.atleast_1d(axes), panels.items(), strict=True):
+    columns = len(panels) if len(panels) < 4 else 2
+    height = -(-len(panels) // columns)
+    with picture(path, (height, columns), "", width=2 + 5.0 * columns, height=4.0 * height, left=1.1) as axes:
+        for panel, (title, rows) in zip(np.ravel(axes), panels.items(), strict=True):
             for i, (name, found) in enumerate(group(rows, series).items()):
                 points = {int(at): mean(r[y] for r in runs).mean for at, runs in group(found, x).items()}
                 color = COLORS[{"broken": 1, "mended": 0}.get(name, i)]
                 values = [(scale or 1) * value for value in points.values()]
                 panel.plot(list(points), values, color=color, marker=MARKERS[i], markersize=4, label=name)
             panel.set(title=title, xlabel=x.replace("_", " "), ylabel=ylabel)
+            if log_x:
+                panel.set_xscale("log")
+                panel.set_xticks(list(points), list(points))
+                panel.xaxis.set_minor_locator(NullLocator())
             if not scale:
                 log_y(panel)
             panel.legend(fontsize=9)
+
+
+def matrix(rows: list[dict], column: str) -> np.ndarray:
+    """A column of rows of numbers, as `digits` writes them."""
+    return np.array([[float(number) for number in row[column].split()] for row in rows])
+
+
+def plot_maps(path: Path, grid: dict[str, dict[str, np.ndarray]], title: str) -> None:
+    """Matrices, a line of them for each name; colours run from the lowest number of each to its highest."""
+    columns = max(map(len, grid.values()))
+    sizes = {"width": 1.55 * columns + 0.8, "height": 1.75 * len(grid) + 0.6, "left": 0.5, "bottom": 0.1, "top": 0.7}
+    with picture(path, (len(grid), columns), title, **sizes) as axes:
+        for line, (name, matrices) in zip(np.atleast_2d(axes), grid.items(), strict=True):
+            for panel, (label, numbers) in zip(line, matrices.items(), strict=False):
+                panel.imshow(numbers, "Blues", aspect="auto")
+                panel.set_title(label, fontsize=10)
+            for panel in line:
+                panel.set(xticks=[], yticks=[])
+            line[0].set_ylabel(name)
+
+
+def plot_sharing(path: Path, panels: dict[str, list[dict]], title: str) -> None:
+    """Query heads above, key/value heads below, and a line wherever a change of the lower one changed the upper one."""
+    with picture(
+        path, (1, len(panels)), title, width=4.5 * len(panels), height=2.4, left=0.3, bottom=0.1, top=0.8
+    ) as axes:
+        for panel, (name, links) in zip(np.atleast_1d(axes), panels.items(), strict=True):
+            heads = {end: sorted({int(link[end]) for link in links}) for end in ("query_head", "kv_head")}
+            H, G = len(heads["query_head"]), len(heads["kv_head"])
+            for link in links:
+                h, g = int(link["query_head"]), int(link["kv_head"])
+                at, color = (g + 0.5) * H / G - 0.5, COLORS[g % len(COLORS)]  # under the middle of its share
+                if float(link["change"]) > 0:
+                    panel.plot([h, at], [1, 0], color=color, zorder=1)
+                    panel.scatter(h, 1, s=230, color=color, zorder=2)
+                    panel.annotate(h, (h, 1), ha="center", va="center", color="white")
+                panel.scatter(at, 0, s=230, marker="s", color=color, zorder=2)
+                panel.annotate(g, (at, 0), ha="center", va="center", color="white")
+            panel.set(title=f"{name}: {H} query heads, {G} key/value heads", xlim=(-0.7, H - 0.3), ylim=(-0.4, 1.4))
+            panel.axis("off")
 
 
 def plot_reading(path: Path, rows: list[dict], class_names, title: str) -> None:
@@ -724,7 +861,7 @@ def plot_reading(path: Path, rows: list[dict], class_names, title: str) -> None:
     with picture(path, (2, 8), title, width=16.0, height=8.5, left=0.6, bottom=1.0, top=0.8) as axes:
         for (pixels, probabilities), steps in zip(axes.reshape(8, 2), images.values(), strict=False):
             # 28 pixels wide, also where a step is two rows
-            image = np.array([[float(pixel) for pixel in step["pixels"].split()] for step in steps]).reshape(-1, 28)
+            image = matrix(steps, "pixels").reshape(-1, 28)
             shares = [[float(step[f"p{c}"]) for c in range(len(class_names))] for step in steps]  # T × C
             ends = (len(steps) + 0.5, 0.5)  # steps count from 1, downwards
             pixels.imshow(image, cmap="gray", aspect="auto", extent=(-0.5, 27.5, *ends))
@@ -779,13 +916,14 @@ def read_images(name: str, folder: Path, mean: float, std: float) -> list[tuple[
     return parts
 
 
-def interleaved(works: dict[tuple[str, str], tuple[float, object]], repeats: int, device: torch.device) -> list[dict]:
+def interleaved(works: dict[tuple, tuple[float, Callable]], repeats: int, device, columns=("group",)) -> list[dict]:
     """Time works against each other: {(group, name): (amount, function)} -> a row each, its rate and ratio.
 
-    All in turn, after one round as warm-up if there are several, so that whatever else the machine does falls on all
-    alike. The rate is the amount over the median seconds; the ratio is to the rate of the group's first.
+    A group has as many parts as there are columns for it. All in turn, after one round as warm-up if there are several,
+    so that whatever else the machine does falls on all alike. The rate is the amount over the median seconds; the ratio
+    is to the rate of the group's first.
     """
-    seconds: dict[tuple[str, str], list[float]] = {key: [] for key in works}
+    seconds: dict[tuple, list[float]] = {key: [] for key in works}
     for _ in range(repeats + (repeats > 1)):
         for key, (_, work) in works.items():
             start = time.perf_counter()
@@ -793,13 +931,14 @@ def interleaved(works: dict[tuple[str, str], tuple[float, object]], repeats: int
             if device.type != "cpu":
                 torch.accelerator.synchronize()
             seconds[key].append(time.perf_counter() - start)
-    rows: list[dict] = []
-    for (name_of_group, name), (amount, _) in works.items():
-        median = statistics.median(seconds[name_of_group, name][-repeats:])
-        row = {"experiment": "benchmark", "group": name_of_group, "name": name, "seconds": median}
-        row["rate"] = amount / median
-        row["ratio"] = row["rate"] / next((r["rate"] for r in rows if r["group"] == name_of_group), row["rate"])
-        rows.append(row | {"repeats": repeats, "device": device.type})
+    rows, first = [], {}
+    for key, (amount, _) in works.items():
+        *parts, name = key
+        median = statistics.median(seconds[key][-repeats:])
+        rate = amount / median
+        ratio = rate / first.setdefault(tuple(parts), rate)
+        row = {"experiment": "benchmark", **dict(zip(columns, parts, strict=True)), "name": name, "seconds": median}
+        rows.append(row | {"rate": rate, "ratio": ratio, "repeats": repeats, "device": device.type})
     return rows
 
 
@@ -815,6 +954,11 @@ def training_steps(forward: Callable, model: torch.nn.Module, labels: torch.Tens
             optimizer.step()
 
     return work
+
+
+def digits(values: torch.Tensor) -> str:
+    """Numbers (N,) as one text for a table."""
+    return " ".join(f"{value:.3f}" for value in values.tolist())
 
 
 def report_works() -> dict[tuple[str, str], tuple[float, object]]:
@@ -1038,7 +1182,7 @@ def parse_command_line(
     parser = _Parser(
         prog=script, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    whats = ["all", *jobs, "benchmark", "plot"]
+    whats = ["all", *dict.fromkeys(jobs), "plot"]
     parser.add_argument("what", nargs="?", default="all", choices=whats, metavar="WHAT", help=", ".join(whats))
     parser.add_argument("--seeds", type=int, help="runs of every Config, each with the next seed")
     parser.add_argument("--only", nargs="+", choices=sweeps, metavar="SWEEP", help=f"of {', '.join(sweeps)}")
@@ -1100,26 +1244,34 @@ def run_stage(stage, argv: list[str] | None) -> int:
 
     0 is done; 1 data that cannot be had or a file that cannot be written; 130 Ctrl-C; bad flags exit with 2.
     """
+    works = getattr(stage, "WORKS", {"benchmark": stage.benchmark})  # what needs no training, by its job
     args, given = parse_command_line(
-        argv, stage.__file__, stage.__doc__, stage.JOBS, stage.SWEEPS, stage.Config, stage.CHOICES
+        argv, stage.__file__, stage.__doc__, [*stage.JOBS, *works], stage.SWEEPS, stage.Config, stage.CHOICES
     )
     device, small = torch.device(args.device), stage.SMOKE if args.smoke else {}
     every = [job for job in stage.JOBS if args.smoke or job not in stage.LONG]
-    jobs = {"all": every, "benchmark": [], "plot": []}.get(args.what, [args.what])
+    jobs = every if args.what == "all" else [job for job in stage.JOBS if job == args.what]
+    works = {name: work for name, work in works.items() if args.what in ("all", name)}
     if args.what == "all" and not (args.smoke or args.quiet):
         print(f"all but {' and '.join(stage.LONG)}: about {stage.MINUTES} minutes on 2 CPU cores, one seed a sweep")
-    load = functools.cache(lambda normalise: stage.load_data(stage.Config(normalise=normalise), device, args.data_dir))
-    usual = stage.Config().normalise
+    load_as = functools.cache(lambda **how: stage.load_data(stage.Config(**how), device, args.data_dir))
+
+    def load(config):  # only this changes what is loaded
+        return load_as(**{"normalise": config.normalise} if hasattr(config, "normalise") else {})
+
+    try:
+        runs = [run for job in jobs for run in plan(stage, job, small, given, args.only, args.seeds)]
+    except ValueError as error:  # flags that are good each by itself, but not in one of this job's runs
+        print(f"{Path(stage.__file__).name}: {error}", file=sys.stderr)
+        return 2
     try:
         if args.what != "plot":
-            load(usual)  # what is wrong with the data is said before anything is trained
+            load(stage.Config())  # what is wrong with the data is said before anything is trained
             journal = Journal(args.figures, args.what, environment(args.command, device), args.resume)
-            runs = [run for job in jobs for run in plan(stage, job, small, given, args.only, args.seeds)]
-            sweep(stage, runs, lambda config: load(config.normalise), journal, args.quiet)
-            if args.what in ("all", "benchmark"):
-                config, repeats = stage.Config(**(small | given)), 1 if args.smoke else stage.REPEATS
-                work = functools.partial(stage.benchmark, config, load(usual), args.data_dir, repeats)
-                journal.run({"benchmark": str(config)}, lambda: {"benchmark": work()})
+            sweep(stage, runs, load, journal, args.quiet)
+            config, repeats = stage.Config(**(small | given)), 1 if args.smoke else stage.REPEATS
+            for name, work in works.items():
+                journal.run({name: str(config)}, lambda work=work: work(config, load(config), args.data_dir, repeats))
             journal.publish()
         paths = stage.plot(args.figures)
     except KeyboardInterrupt:

@@ -415,7 +415,7 @@ def dataloader_epoch(config: Config, images: torch.utils.data.Dataset, device: t
         optimizer.step()
 
 
-def benchmark(config: Config, data: Data, data_dir: Path, repeats: int) -> list[dict]:
+def benchmark(config: Config, data: Data, data_dir: Path, repeats: int) -> dict[str, list[dict]]:
     """An epoch of ours against the DataLoader's; training against the machine's own matrix products: GFLOP/s.
 
     Of a training step only the matrix products count: forward, gradients of the weights, and of the hidden layers.
@@ -443,7 +443,7 @@ def benchmark(config: Config, data: Data, data_dir: Path, repeats: int) -> list[
         works[group, "1024 × 1024 product"] = (10 * 1.024**3, lambda: [square @ square for _ in range(5)])
         works[group, "a step's products"] = (gflop, lambda p=pairs: [x @ y for _ in range(n_steps) for x, y in p])
         works[group, "a training step"] = (gflop, functools.partial(train, steps, few))
-    return metrics.interleaved(works | metrics.report_works(), repeats, device)
+    return {"benchmark": metrics.interleaved(works | metrics.report_works(), repeats, device)}
 
 
 # -------- 7. Pictures ------------------------------------------------------------------------------------------------

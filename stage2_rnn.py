@@ -554,7 +554,7 @@ FAULTS = {
 # fmt: on
 
 
-def benchmark(config: Config, data: Data, data_dir: Path, repeats: int) -> list[dict]:
+def benchmark(config: Config, data: Data, data_dir: Path, repeats: int) -> dict[str, list[dict]]:
     """A training step of ours against torch's own modules, and against a step's matrix products alone: steps/s."""
     device, n, works = data.train.images.device, config.steps or 5, {}
     for cell, H, B in itertools.product(("rnn", "gru", "lstm"), (64, 128, 256), (128, 512)):
@@ -568,7 +568,7 @@ def benchmark(config: Config, data: Data, data_dir: Path, repeats: int) -> list[
         works[group, f"nn.{cell.upper()}"] = (n, timed(lambda m=theirs, x=x: m[1](m[0](x)[0][:, -1]), theirs, y, n))
         works[group, "ours"] = (n, timed(functools.partial(ours, x), ours, y, n))
         works[group, "products alone"] = (n, lambda p=pairs: [product(*pair) for _ in range(28 * n) for pair in p])
-    return metrics.interleaved(works, repeats, device)
+    return {"benchmark": metrics.interleaved(works, repeats, device)}
 
 
 # -------- 7. Pictures ------------------------------------------------------------------------------------------------

@@ -64,7 +64,9 @@ def test_a_stage_imports_metrics_and_no_other_stage(path):
     assert not any(name.startswith("stage") for name in names)
 
 
-@pytest.mark.parametrize("document", ["README.md", *(f"figures/{path.stem[:6]}/summary.md" for path in STAGES)])
+@pytest.mark.parametrize(
+    "document", ["README.md", "LEARNING_LOG.md", *(f"figures/{path.stem[:6]}/summary.md" for path in STAGES)]
+)
 def test_every_link_of_a_document_leads_somewhere(document):
     text = (ROOT / document).read_text(encoding="utf-8")
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
@@ -79,19 +81,37 @@ NAMES = [path.stem for path in STAGES]
 CPU = torch.device("cpu")
 SMALL = {  # a Config that trains in a moment
     "stage1_mlp": {"hidden": (9, 7), "dropout": 0.2, "deform": 1.0},
-    "stage2_rnn": {"n_hidden": 9, "cell": "gru", "n_layers": 2, "bidirectional": True},
+    "stage2_rnn": {"n_hidden": 9, "cell": "gru", "n_layers": 2, "bidirectional": True, "dropout": 0.2},
+    "stage3_attention": {"d_model": 12, "n_heads": 6, "n_kv_heads": 3, "dropout": 0.2},
 }
 BY_HEART = {
     "stage1_mlp": {"hidden": (128, 256), "steps": 150},
     "stage2_rnn": {"n_hidden": 128, "steps": 400, "flip": False},
+    "stage3_attention": {"d_model": 64, "steps": 400, "dropout": 0.0},
 }
-SETS = {"stage1_mlp": ("MNIST", "FashionMNIST"), "stage2_rnn": ("FashionMNIST", "MNIST")}  # its own, and the other
-OWN_TABLES = {"stage1_mlp": ["gradients"], "stage2_rnn": ["gradients", "reading"]}
+SETS = {  # its own, and the other
+    "stage1_mlp": ("MNIST", "FashionMNIST"),
+    "stage2_rnn": ("FashionMNIST", "MNIST"),
+    "stage3_attention": ("FashionMNIST", "MNIST"),
+}
+OWN_TABLES = {
+    "stage1_mlp": ["gradients"],
+    "stage2_rnn": ["gradients", "reading"],
+    "stage3_attention": ["arithmetic", "decode", "demo", "maps", "scale", "sharing"],
+}
 OWN_PICTURES = {
     "stage1_mlp": ["fault_gradients"],
     "stage2_rnn": ["memory", "state_gradients", "reading_rnn", "reading_gru", "reading_lstm"],
+    "stage3_attention": [
+        *("demo_weights", "demo_sharing", "sweep_scale", "scale", "decode"),
+        *(f"maps_{name}" for name in ("mha", "gqa4", "gqa2", "mqa")),
+    ],
 }
-TWO_SWEEPS = {"stage1_mlp": ["depth", "init"], "stage2_rnn": ["hidden", "init"]}
+TWO_SWEEPS = {
+    "stage1_mlp": ["depth", "init"],
+    "stage2_rnn": ["hidden", "init"],
+    "stage3_attention": ["kv_heads", "position"],
+}
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -320,6 +340,12 @@ OWN_BAD_FLAGS = {
         (["--reading", "spiral"], "spiral"),
         (["--padding", "-1"], "not -1"),
     ],
+    "stage3_attention": [
+        (["--n-heads", "0"], "n_heads must be at least 1 and less than inf, not 0"),
+        (["--n-heads", "6", "--n-kv-heads", "4"], "n_heads=6"),
+        (["--d-model", "33"], "d_model=33"),
+        (["--position", "spiral"], "spiral"),
+    ],
 }
 
 
@@ -337,7 +363,7 @@ def test_the_users_epochs_win_over_a_jobs_steps(stage):
     args, given = metrics.parse_command_line(
         ["sweep", "--epochs", "2"], stage.__file__, "", stage.JOBS, stage.SWEEPS, stage.Config, stage.CHOICES
     )
-    runs = metrics.plan(stage, "sweep", {}, given, ["init"], None)
+    runs = metrics.plan(stage, "sweep", {}, given, [TWO_SWEEPS[stage.__name__][1]], None)
     assert {run.config.n_steps for run in runs} == {2 * math.ceil(55_000 / stage.Config().batch_size)}
     assert args.only == list(stage.SWEEPS)
 
@@ -436,3 +462,27 @@ SWEPT = [(name, sweep) for name in NAMES for sweep in importlib.import_module(na
 def test_what_the_prose_says_of_a_sweep_is_what_its_rows_show(name, experiment, quoted_rows):
     rows, readme = quoted_rows(name.split("_")[0], "runs", experiment)
     assert f": {metrics.finding(rows, importlib.import_module(name).AXES[experiment])}" in readme
+
+
+def test_every_measured_number_of_the_learning_log_stands_in_a_summary():
+    """Every number with a decimal point, and with its ± if it has one, is in a committed table as it is written."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    tables = ""
+    for name in NAMES:
+        folder = ROOT / "figures" / name.split("_")[0]
+        jobs = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+        if any(f"`{job['commit']}`" not in readme for job in jobs.values()):
+            pytest.skip(f"{folder} holds runs that the documents do not quote")
+        tables += (folder / "summary.md").read_text(encoding="utf-8")
+    log = (ROOT / "LEARNING_LOG.md").read_text(encoding="utf-8")
+    quoted = re.findall(r"[+-]?\d+\.\d+(?:e[+-]\d+)?(?: ± \d+\.\d+)?", log)
+    assert len(quoted) > 50
+    missing = [number for number in quoted if not re.search(rf"(?<![\d.]){re.escape(number)}(?!\d)", tables)]
+    assert not missing
+
+
+def test_the_learning_log_asks_enough_and_counts_right():
+    log = (ROOT / "LEARNING_LOG.md").read_text(encoding="utf-8")
+    numbers = [int(number) for number in re.findall(r"^(\d+)\. \*\*", log, re.MULTILINE)]
+    assert numbers == list(range(1, len(numbers) + 1))
+    assert len(numbers) >= 40
