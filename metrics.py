@@ -21,6 +21,7 @@ import argparse
 import contextlib
 import csv
 import dataclasses
+import datetime
 import functools
 import itertools
 import json
@@ -245,26 +246,45 @@ class Journal:
 
     One line of JSON a run: {"key": what identifies the run, "tables": {"runs": [row], "history": [rows], …}}. A run
     is in the journal whole or not at all, and is taken up again only by the code, versions, device and threads that
-    made it. Without `resume`, an unfinished journal of the same job is set aside as .bak.
+    made it. Without `resume`, an unfinished journal of the same job is set aside as .bak. Where several processes share
+    a job, each has a file of its own; the first, rank 0, begins before the others, and merges their files at the end.
     """
 
-    def __init__(self, folder: Path, job: str, environment: dict, resume: bool = False):
-        self.folder, self.environment = Path(folder), environment
+    def __init__(self, folder: Path, job: str, environment: dict, resume: bool = False, rank: int = 0):
+        self.folder, self.environment, self.job = Path(folder), environment, job
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.path = self.folder / f"{job}.unfinished.jsonl"
+        self.path = self.folder / f"{job}.{f'{rank}.' if rank else ''}unfinished.jsonl"
         self.records: dict[str, dict] = {}
-        if self.path.exists() and resume:
-            # a process that died in mid-line leaves no newline behind it
-            lines = [line for line in self.path.read_text(encoding="utf-8").splitlines(True) if line.endswith("\n")]
-            self.records = {record["key"]: record["tables"] for record in map(json.loads, lines)}
-            self._write(lines)
-        elif self.path.exists():
-            aside = next(p for n in itertools.count(1) if not (p := Path(f"{self.path}.{n}.bak")).exists())
-            os.replace(self.path, aside)
-            print(f"an unfinished {job} is set aside as {aside}; it would have gone on with --resume", file=sys.stderr)
+        self.used: dict[str, None] = {}  # the keys this job asked for, in its order
+        files = self._files()
+        if files and resume:
+            self.records = {record["key"]: record["tables"] for record in map(json.loads, self._lines())}
+        if rank:
+            return
+        if files and resume:
+            self.merge()
         elif resume:
             print(f"no unfinished {job} in {folder}: it starts from the beginning", file=sys.stderr)
-        self.used: dict[str, None] = {}  # the keys this job asked for, in its order
+        for file in files if not resume else ():
+            aside = next(p for n in itertools.count(1) if not (p := Path(f"{file}.{n}.bak")).exists())
+            os.replace(file, aside)
+            print(f"an unfinished {job} is set aside as {aside}; it would have gone on with --resume", file=sys.stderr)
+
+    def _files(self) -> list[Path]:
+        return sorted(self.folder.glob(f"{self.job}.*unfinished.jsonl"))
+
+    def _lines(self) -> list[str]:
+        lines = [line for file in self._files() for line in file.read_text(encoding="utf-8").splitlines(True)]
+        return [line for line in lines if line.endswith("\n")]  # a process that died in mid-line leaves none behind it
+
+    def merge(self) -> None:
+        """Take over what all processes have finished, into this one's file; nothing is asked for yet."""
+        lines, others = self._lines(), [file for file in self._files() if file != self.path]
+        self.records = {record["key"]: record["tables"] for record in map(json.loads, lines)}
+        self.used = {}
+        self._write(lines)
+        for file in others:
+            file.unlink()
 
     def _write(self, lines: list[str]) -> None:
         with written_aside(self.path) as aside:
@@ -1163,6 +1183,20 @@ def sweep(stage, runs: list[Run], load: Callable, journal: Journal, quiet: bool)
                 bar.write(line + f"val accuracy {100 * row['val_accuracy']:.2f} %, {row['seconds']:.1f} s")
 
 
+def team() -> tuple[int, int]:
+    """This process's number and how many there are, where torchrun started several, else 0 and 1.
+
+    Each has its share of the processor's threads and a GPU of its own, if there are any; they only wait for each other.
+    """
+    rank, n = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if n > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=30))
+        torch.set_num_threads(max(1, os.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"])))  # torchrun would leave one
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    return rank, n
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}\n")
@@ -1225,7 +1259,9 @@ def parse_command_line(
     if args.smoke and not args.figures_dir:
         args.figures_dir = Path(tempfile.mkdtemp())
         words += ["--figures-dir", str(args.figures_dir)]
-    args.command = shlex.join(["python", script, *words])
+    n = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    args.script, start = script, ["python"] if n == "1" else ["torchrun", f"--nproc-per-node={n}"]
+    args.command = shlex.join([*start, script, *words])
     args.figures = (args.figures_dir or HERE / "figures") / stage
     return args, given
 
@@ -1234,7 +1270,7 @@ def interrupted(args: argparse.Namespace) -> int:
     """Say what is saved after Ctrl-C, and how to go on; the exit status."""
     how = args.command + ("" if args.resume else " --resume")
     if not any(args.figures.glob("*.unfinished.jsonl")):  # every row is published, only pictures are missing
-        how = shlex.join([*shlex.split(args.command)[:2], "plot", "--figures-dir", str(args.figures.parent)])
+        how = shlex.join(["python", args.script, "plot", "--figures-dir", str(args.figures.parent)])
     print(f"interrupted; what has ended is saved in {args.figures}, go on with: {how}", file=sys.stderr)
     return 130
 
@@ -1242,12 +1278,18 @@ def interrupted(args: argparse.Namespace) -> int:
 def run_stage(stage, argv: list[str] | None) -> int:
     """A stage's command line, the same in the three: parse, train, publish the rows, draw; gives the exit status.
 
-    0 is done; 1 data that cannot be had or a file that cannot be written; 130 Ctrl-C; bad flags exit with 2.
+    0 is done; 1 data that cannot be had or a file that cannot be written; 130 Ctrl-C; bad flags exit with 2. Where
+    torchrun started several processes, each takes its share of the runs, and the first does all else.
     """
     works = getattr(stage, "WORKS", {"benchmark": stage.benchmark})  # what needs no training, by its job
     args, given = parse_command_line(
         argv, stage.__file__, stage.__doc__, [*stage.JOBS, *works], stage.SWEEPS, stage.Config, stage.CHOICES
     )
+    rank, n_processes = team()
+    meet = torch.distributed.barrier if n_processes > 1 else lambda: None
+    if n_processes > 1:
+        torch.distributed.broadcast_object_list(shared := [args.figures])
+        args.figures, args.quiet = shared[0], args.quiet or rank > 0
     device, small = torch.device(args.device), stage.SMOKE if args.smoke else {}
     every = [job for job in stage.JOBS if args.smoke or job not in stage.LONG]
     jobs = every if args.what == "all" else [job for job in stage.JOBS if job == args.what]
@@ -1267,8 +1309,18 @@ def run_stage(stage, argv: list[str] | None) -> int:
     try:
         if args.what != "plot":
             load(stage.Config())  # what is wrong with the data is said before anything is trained
-            journal = Journal(args.figures, args.what, environment(args.command, device), args.resume)
-            sweep(stage, runs, load, journal, args.quiet)
+            if rank > 0:
+                meet()
+            journal = Journal(args.figures, args.what, environment(args.command, device), args.resume, rank)
+            if rank == 0:
+                meet()
+            sweep(stage, runs[rank::n_processes], load, journal, args.quiet)
+            meet()
+            if rank > 0:
+                return 0
+            if n_processes > 1:
+                journal.merge()
+                sweep(stage, runs, load, journal, quiet=True)  # finds them all, and puts them into their order
             config, repeats = stage.Config(**(small | given)), 1 if args.smoke else stage.REPEATS
             for name, work in works.items():
                 journal.run({name: str(config)}, lambda work=work: work(config, load(config), args.data_dir, repeats))

@@ -314,6 +314,68 @@ def test_resume_gives_the_rows_of_an_uninterrupted_run(stage, tmp_path, monkeypa
     assert not list((broken / name).glob("*unfinished*"))
 
 
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    """A sweep of stage 1 in one process with half of the threads: the command without its folder, and the rows."""
+    command = ["stage1_mlp.py", "sweep", "--smoke", "--only", "depth", "init", "--seeds", "2", "--figures-dir"]
+    folder = tmp_path_factory.mktemp("one")
+    done = launch([sys.executable, *command, str(folder)])
+    assert done.returncode == 0, done.stderr
+    return command, rows_without_seconds(folder)
+
+
+def launch(command, **environment):
+    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // 2))} | environment
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+def rows_without_seconds(folder):
+    return [without_seconds(read(folder / "stage1" / f"{table}.csv")) for table in ("runs", "history")]
+
+
+TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+
+
+def test_two_processes_under_torchrun_give_the_rows_of_one(one_process, tmp_path):
+    command, rows = one_process
+    done = launch([*TWO, *command, str(tmp_path)])
+    assert done.returncode == 0, done.stderr
+    assert rows_without_seconds(tmp_path) == rows
+    assert not list((tmp_path / "stage1").glob("*unfinished*"))
+    jobs = json.loads((tmp_path / "stage1" / "environment.json").read_text(encoding="utf-8"))
+    assert jobs["depth"]["command"].startswith("torchrun --nproc-per-node=2 stage1_mlp.py sweep")
+    assert done.stdout.count("# MLP on MNIST") == 1  # one of the two speaks
+
+
+def test_a_killed_process_loses_only_its_run_and_resume_completes_it(one_process, tmp_path):
+    command, rows = one_process
+    killer = tmp_path / "sitecustomize.py"  # in process 1, the third run kills the process, as a full memory would
+    killer.write_text(
+        "import os, signal\n"
+        "if os.environ.get('RANK') == '1':\n"
+        "    import json\n"
+        "    dumps, seen = json.dumps, []\n"
+        "    def count(value, **options):\n"
+        "        if isinstance(value, dict) and 'tables' in value:\n"
+        "            seen.append(1)\n"
+        "            if len(seen) == 3:\n"
+        "                os.kill(os.getpid(), signal.SIGKILL)\n"
+        "        return dumps(value, **options)\n"
+        "    json.dumps = count\n"
+    )
+    out = tmp_path / "out"
+    done = launch([*TWO, *command, str(out)], PYTHONPATH=str(tmp_path))
+    assert done.returncode != 0
+    assert not (out / "stage1" / "runs.csv").exists()
+    journals = {p.name: len(p.read_text().splitlines()) for p in (out / "stage1").glob("*.jsonl")}
+    assert journals["sweep.1.unfinished.jsonl"] == 2
+    assert 1 <= journals["sweep.unfinished.jsonl"] <= 4
+    done = launch([sys.executable, *command, str(out), "--resume"])
+    assert done.returncode == 0, done.stderr
+    assert rows_without_seconds(out) == rows
+    assert not list((out / "stage1").glob("*unfinished*"))
+
+
 BAD_FLAGS = [
     (["trian"], "trian"),
     (["--bogus"], "--bogus"),
