@@ -650,7 +650,7 @@ class Album:
             return
         lines, weights = [], {}
         for name, rows in variants.items():
-            entropies = [mean(row[column] for row in rows).mean for column in ("entropy", "entropy_unscaled")]
+            entropies = [mean(row[column] for row in rows).mean for column in ("entropy", "unscaled")]
             off = max(float(row["row_error"]) for row in rows)
             lines.append([name, *(f"{entropy:.3f}" for entropy in entropies), f"{off:.0e}"])
             weights[name] = {f"head {h}": matrix(found, "weights") for h, found in group(rows, "head").items()}
@@ -974,6 +974,20 @@ def training_steps(forward: Callable, model: torch.nn.Module, labels: torch.Tens
             optimizer.step()
 
     return work
+
+
+def entropy(weights: torch.Tensor) -> torch.Tensor:
+    """Of distributions (…, S), in nats: log S where all S weigh the same, 0 where one has it all."""
+    return torch.special.entr(weights).sum(-1)
+
+
+def map_rows(tokens: torch.Tensor, weights: torch.Tensor, labels: torch.Tensor) -> list[dict]:
+    """Attention weights (B, H, T, S) of tokens (B, T, F) as rows for a table: a row for each image, head and query."""
+    rows = []
+    for i, h, t in np.ndindex(*weights.shape[:3]):
+        row = {"image": i, "true": labels[i].item(), "head": h, "query": t}
+        rows.append(row | {"weights": digits(weights[i, h, t]), "token": digits(tokens[i, t])})
+    return rows
 
 
 def digits(values: torch.Tensor) -> str:

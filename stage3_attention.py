@@ -39,6 +39,7 @@ OPTIMIZERS = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
 CHOICES = {
     "position": ["none", "learned", "sinusoidal", "relative", "rotary"],
     "tokens": ["rows", "patches"],
+    "readout": ["all", "mean"],
     "optimizer": list(OPTIMIZERS),
 }
 LIMITS = {  # each value is at least the first and less than the second
@@ -59,6 +60,7 @@ class Config:
     scaled: bool = True  # scores over √d
     causal: bool = False  # a token attends to those up to itself alone
     tokens: str = "rows"  # how an image becomes tokens, see tokens_of
+    readout: str = "all"  # what is classified: the states of all tokens side by side, or their mean, for any number T
     padding: int = 0  # blank tokens after each image's own
     masked: bool = True  # hide the padding
     dropout: float = 0.2  # share of what a block adds that is zeroed while training
@@ -70,10 +72,10 @@ class Config:
     warmup: float = 0.2  # share of the run in which the learning rate rises; it falls along a cosine after
     clip: float = 1.0  # largest gradient norm; 0 switches clipping off
     batch_size: int = 256
-    epochs: int = 16  # passes over the training images
+    epochs: int = 14  # passes over the training images
     steps: int = 0  # number of updates, whatever epochs says; 0 leaves it to epochs
     n_train: int = N_TRAIN  # training images used
-    n_logs: int = 16  # evaluations on the validation images during a run
+    n_logs: int = 14  # evaluations on the validation images during a run
     seed: int = 0  # of weights, batch order and dropout; never of the validation split
 
     def __post_init__(self):
@@ -93,17 +95,18 @@ SWEEPS: dict[str, list[dict]] = {
     "heads": [{"n_heads": n, "n_kv_heads": n} for n in (1, 2, 4, 8, 16)],
     "width": [{"d_model": n} for n in (16, 32, 64, 128)],
     "blocks": [{"n_blocks": n} for n in (1, 2, 3, 4)],
-    "position": [{"position": position} for position in CHOICES["position"]],
-    "steps": [{"steps": n} for n in (100, 300, 1000, 3000)],
+    "position": [{"position": position, "readout": "mean"} for position in CHOICES["position"]],
+    "steps": [{"steps": n} for n in (100, 300, 1000)],
     "tokens": [{"tokens": tokens} for tokens in CHOICES["tokens"]],
+    "readout": [{"readout": readout} for readout in CHOICES["readout"]],
 }
 # runs of `faults` that are compared with each other: what becomes of the softmax as heads grow wider?
 ONE_HEAD = {"n_heads": 1, "n_kv_heads": 1, "dropout": 0.0}
 PROBES = {"scale": [{"scaled": s, "d_model": n} | ONE_HEAD for s in (True, False) for n in (16, 64, 256)]}
 AXES = {
     "kv_heads": "key/value heads for 8 query heads", "heads": "heads of the same total width", "width": "width",
-    "blocks": "blocks", "position": "position", "steps": "training steps, each its own run",
-    "tokens": "how the image is cut", "scale": "scores over √d, and width of the one head",
+    "blocks": "blocks", "position": "position, mean of the states", "steps": "training steps, each its own run",
+    "tokens": "how the image is cut", "readout": "states classified", "scale": "scores over √d, width of the one head",
 }
 # fmt: on
 # what a job changes in the Config before the user's flags do, and how many seeds it runs
@@ -133,10 +136,7 @@ def load_data(config: Config, device: torch.device | str = "cpu", data_dir: Path
 
 
 def tokens_of(images: Tensor, config: Config) -> tuple[Tensor, Tensor | None]:
-    """Images (B, 28, 28) as tokens (B, T, F), and which of them are no padding, (1, 1, 1, T), if that is told.
-
-    "rows": 28 of 28 pixels; "patches": 7 × 7 of 4 × 4 pixels, row by row.
-    """
+    """Images (B, 28, 28) as tokens (B, T, F), rows or 4 × 4 patches; and which are no padding, (1, 1, 1, T)."""
     x = images if config.tokens == "rows" else images.reshape(-1, 7, 4, 7, 4).transpose(2, 3).reshape(-1, 49, 16)
     x = F.pad(x, (0, 0, 0, config.padding))
     true = torch.arange(x.shape[1], device=x.device) < x.shape[1] - config.padding
@@ -170,8 +170,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causa
     if mask is not None:
         scores = with_mask(scores, mask)
     if causal and T > 1:
-        later = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1)
-        scores = scores.masked_fill(later, -math.inf)
+        scores = scores.masked_fill(torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1), -math.inf)
     exact = torch.promote_types(q.dtype, torch.float32)  # half precision is too coarse for a sum of S exponentials
     if mask is None and not (causal and T > S):
         weights = scores.softmax(-1, dtype=exact).to(q.dtype)
@@ -321,24 +320,30 @@ class Block(nn.Module):
 
 
 class AttentionClassifier(nn.Module):
-    """The Config's network: images (B, 28, 28) -> tokens -> blocks -> mean of the tokens' states -> logits (B, 10)."""
+    """The Config's network: images (B, 28, 28) -> tokens -> blocks -> the tokens' states -> logits (B, 10)."""
 
     def __init__(self, config: Config):
         super().__init__()
-        self.n_tokens, n_in = tokens_of(torch.zeros(1, 28, 28), config)[0].shape[1:]
+        x, mask = tokens_of(torch.zeros(1, 28, 28), config)
+        (self.n_tokens, n_in), self.n_read = x.shape[1:], x.shape[1] if mask is None else int(mask.sum())
         self.config, self.W_in = config, nn.Linear(n_in, config.d_model)
         if config.position == "learned":
             self.places = nn.Parameter(0.02 * torch.randn(self.n_tokens, config.d_model))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_blocks))
-        self.norm, self.out = nn.LayerNorm(config.d_model), nn.Linear(config.d_model, len(CLASSES))
+        n_side_by_side = self.n_read if config.readout == "all" else 1
+        self.norm, self.out = nn.LayerNorm(config.d_model), nn.Linear(n_side_by_side * config.d_model, len(CLASSES))
 
     def forward(self, images: Tensor) -> Tensor:
         return self.classify(*tokens_of(images, self.config))
 
     def classify(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Logits of tokens x, of which mask (1, 1, 1, T) tells the true ones, None is all."""
-        states, _ = self.states(x, mask)
-        return self.out(states.mean(1) if mask is None else states[:, mask[0, 0, 0]].mean(1))
+        return self.read(self.states(x, mask)[0] if mask is None else self.states(x, mask)[0][:, mask[0, 0, 0]])
+
+    def read(self, states: Tensor) -> Tensor:
+        if self.config.readout == "all" and states.shape[1] != self.n_read:
+            raise ValueError(f"the states of {self.n_read} tokens are read side by side, not of {states.shape[1]}")
+        return self.out(states.flatten(1) if self.config.readout == "all" else states.mean(1))
 
     def states(self, x: Tensor, mask: Tensor | None = None, caches: list[KVCache] | None = None):
         """Of tokens (B, T, F), after those in caches: the last block's states (B, T, D) and weights (B, H, T, S)."""
@@ -440,30 +445,22 @@ def execute(run: Run, data: Data, bar: tqdm) -> dict[str, list[dict]]:
 def attention_maps(model: AttentionClassifier, split: Split) -> list[dict]:
     """What each head of the last block attends to in three images: a row for each query, with the token itself."""
     x, mask = tokens_of(split.images[:3], model.config)
-    weights, rows = model.states(x, mask)[1], []
-    for i, h, t in itertools.product(*map(range, weights.shape[:3])):
-        row = {"image": i, "true": split.labels[i].item(), "head": h, "query": t}
-        rows.append(row | {"weights": metrics.digits(weights[i, h, t]), "token": metrics.digits(x[i, t])})
-    return rows
-
-
-def entropy(weights: Tensor) -> Tensor:
-    return torch.special.entr(weights).sum(-1)  # nats: log S where all keys weigh the same, 0 where one has it all
+    return metrics.map_rows(x, model.states(x, mask)[1], split.labels)
 
 
 def softmax_state(model: AttentionClassifier, data: Data) -> dict[str, float]:
     """Of the last block's weights and of the loss's gradient by all W_q and W_k, on 500 validation images."""
     states, weights = model.states(*tokens_of(data.val.images[::10], model.config))
     W = [W.weight for block in model.blocks for W in (block.attention.W_q, block.attention.W_k)]
-    grads = torch.autograd.grad(F.cross_entropy(model.out(states.mean(1)), data.val.labels[::10]), W)
-    return {"entropy (nats)": entropy(weights).mean().item(), "gradient norm": nn.utils.get_total_norm(grads).item()}
+    grads = torch.autograd.grad(F.cross_entropy(model.read(states), data.val.labels[::10]), W)
+    return {"entropy": metrics.entropy(weights).mean().item(), "gradient norm": nn.utils.get_total_norm(grads).item()}
 
 
 @metrics.inference
 def decode(model: AttentionClassifier, x: Tensor) -> Tensor:
     """Logits of x (B, T, F) read token by token: each joins the caches before the next one exists."""
     caches = model.caches(*x.shape[:2])
-    return model.out(torch.cat([model.states(token, caches=caches)[0] for token in x.split(1, 1)], 1).mean(1))
+    return model.read(torch.cat([model.states(token, caches=caches)[0] for token in x.split(1, 1)], 1))
 
 
 @metrics.inference
@@ -474,20 +471,18 @@ def changed(model: AttentionClassifier, data: Data, other: Callable[[Tensor], Te
 
 
 # fmt: off
-PADDED, STEEP = {"padding": 28, "position": "sinusoidal"}, {"lr": 0.02, "clip": 0.0, "n_blocks": 4}
+PADDED, STEEP = {"readout": "mean", "padding": 28, "position": "none"}, {"lr": 0.02, "clip": 0.0, "n_blocks": 4}
 FAULTS = {
     "no positions": Fault("attention sees a set: no row knows its place", "predictions changed by shuffled rows (%)",
         lambda model, _, __, data: changed(model, data, lambda x: model(x[:, torch.randperm(28)])),
-        {"position": "none"}, "learned positions", {"position": "learned"}),
-    "a causal mask that leaks": Fault("trained on tokens that are not there yet when decoding",
-        "predictions changed by decoding token by token (%)",
+        {"readout": "mean", "position": "none"}, "learned positions", {"readout": "mean", "position": "learned"}),
+    "a causal mask that leaks": Fault("trained on what decoding has not yet", "predictions changed by decoding (%)",
         lambda model, _, c, data: changed(model, data, lambda x: decode(model, tokens_of(x, c)[0])),
         {"causal": False}, "each token attends to those up to itself", {"causal": True}),
     "padding not masked": Fault("28 blank tokens take part", "predictions changed by 28 more of them (%)",
         lambda model, _, c, data: changed(model, data, lambda x: model.classify(*tokens_of(x, replace(c, padding=56)))),
         PADDED | {"masked": False}, "a mask, and the mean of the true tokens alone", PADDED | {"masked": True}),
-    "no warm-up": Fault("the highest learning rate from the first step on", "validation accuracy (%)",
-        lambda _, history, *__: 100 * history[-1]["val_accuracy"],
+    "no warm-up": Fault("full rate at once", "validation accuracy (%)", lambda _, h, *__: 100 * h[-1]["val_accuracy"],
         STEEP | {"warmup": 0.0}, "the same rate, warmed up", STEEP | {"warmup": 0.3}),
 }
 # fmt: on
@@ -522,8 +517,10 @@ def demo(config: Config, data: Data, data_dir: Path, repeats: int) -> dict[str, 
         sharp, layer.factor = layer(x)[1], 1.0
         for h, t in itertools.product(range(H), range(6)):
             w, row = weights[0, h, t], {"experiment": "demo", "variant": name, "head": h, "query": t}
-            row |= {"weights": metrics.digits(w), "row_error": abs(w.sum().item() - 1), "entropy": entropy(w).item()}
-            rows.append(row | {"entropy_unscaled": entropy(sharp[0, h, t]).item()})
+            row |= {"weights": metrics.digits(w), "row_error": abs(w.sum().item() - 1)}
+            rows.append(
+                row | {"entropy": metrics.entropy(w).item(), "unscaled": metrics.entropy(sharp[0, h, t]).item()}
+            )
         for g, keys in enumerate(layer.W_k.weight.split(layer.d_head)):
             keys += torch.randn_like(keys)  # disturb one key head: which query heads' weights change?
             before, weights = weights, layer(x)[1]
@@ -545,7 +542,9 @@ def benchmark(config: Config, data: Data, data_dir: Path, repeats: int) -> dict[
         ):
             forward = functools.partial(layer, *inputs, **options)
             works[group, name] = n, metrics.training_steps(lambda f=forward: f()[0].mean(1), layer, y, n)
-    model = build(replace(config, causal=True, position="sinusoidal"), device).eval().requires_grad_(False)
+    model = (
+        build(replace(config, causal=True, position="sinusoidal", readout="mean"), device).eval().requires_grad_(False)
+    )
     for N in (16, 64, 256):
         x, group = torch.randn(1, N, 28, device=device), f"tokens/s, {N} tokens decoded"
         works[group, "everything again"] = N, lambda x=x: [model.states(x[:, :t]) for t in range(1, x.shape[1] + 1)]

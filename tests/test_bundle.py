@@ -369,7 +369,7 @@ def test_a_killed_process_loses_only_its_run_and_resume_completes_it(one_process
     assert not (out / "stage1" / "runs.csv").exists()
     journals = {p.name: len(p.read_text().splitlines()) for p in (out / "stage1").glob("*.jsonl")}
     assert journals["sweep.1.unfinished.jsonl"] == 2
-    assert 1 <= journals["sweep.unfinished.jsonl"] <= 4
+    assert journals.get("sweep.unfinished.jsonl", 0) <= 4
     done = launch([sys.executable, *command, str(out), "--resume"])
     assert done.returncode == 0, done.stderr
     assert rows_without_seconds(out) == rows

@@ -17,7 +17,9 @@ from stage3_attention import GroupedQueryAttention, KVCache, MultiHeadAttention,
 
 B, H, G, T, S, D = 2, 6, 3, 5, 7, 24  # every axis another size; two query heads share a key/value head
 CPU = torch.device("cpu")
-SMALL = stage.Config(d_model=24, n_heads=H, n_kv_heads=G, n_train=300, batch_size=32, steps=12, n_logs=3)
+SMALL = stage.Config(
+    readout="mean", d_model=24, n_heads=H, n_kv_heads=G, n_train=300, batch_size=32, steps=12, n_logs=3
+)
 POSITIONS = stage.CHOICES["position"]
 
 
@@ -494,6 +496,22 @@ def test_masked_padding_changes_nothing(position):
     assert (model.classify(x) - model.classify(x, mask)).abs().max() > 1e-4
 
 
+def test_the_readout_is_of_all_states_side_by_side_or_of_their_mean():
+    x = torch.randn(3, 28, 28)
+    for readout, how in (
+        ("all", lambda states: states.reshape(3, 28 * 24)),
+        ("mean", lambda states: states.sum(1) / 28),
+    ):
+        model = stage.build(replace(SMALL, readout=readout), CPU).eval()
+        assert_equal([model(x)], [model.out(how(model.states(x)[0]))], tolerance=1e-5)
+    with pytest.raises(ValueError, match="28 tokens are read side by side, not of 27"):
+        stage.build(replace(SMALL, readout="all"), CPU).classify(x[:, :27])
+    for masked in (True, False):  # with padding, of the true tokens or of all
+        model = stage.build(replace(SMALL, readout="all", padding=4, masked=masked), CPU)
+        assert model(x).shape == (3, 10)
+        assert model.out.in_features == (28 if masked else 32) * 24
+
+
 def test_a_training_step_equals_torchs(data):
     """The same step with torch's encoder layers, written out, from the same weights and the same batch."""
     config = replace(
@@ -566,7 +584,7 @@ def test_the_demo_finds_who_shares_what():
             own = -sum(w * math.log(w) for w in weights if w)
             assert row["entropy"] == pytest.approx(own, abs=0.02)
             assert row["entropy"] <= math.log(6) + 1e-6
-        means = [sum(row[key] for row in rows) / 36 for key in ("entropy", "entropy_unscaled")]
+        means = [sum(row[key] for row in rows) / 36 for key in ("entropy", "unscaled")]
         assert means[0] > means[1]  # without 1/√d the softmax is sharper
     again = stage.demo(config, None, None, 1)
     assert again == tables
@@ -596,7 +614,7 @@ def test_softmax_state_is_of_the_last_blocks_weights_and_all_score_weights(data)
     assert found["gradient norm"] == pytest.approx(sum(squares).sqrt().item(), rel=1e-5)
     _, weights = model.states(images)
     own = -(weights * weights.clamp_min(1e-38).log()).sum(-1).mean().item()
-    assert found["entropy (nats)"] == pytest.approx(own, rel=1e-5)
+    assert found["entropy"] == pytest.approx(own, rel=1e-5)
 
 
 def test_maps_hold_the_weights_of_the_last_block(data):
