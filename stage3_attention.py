@@ -177,7 +177,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causa
     else:  # a row of nothing but −inf would be nan, and so would its gradient
         nothing = (scores == -math.inf).all(-1, keepdim=True)
         weights = scores.masked_fill(nothing, 0).softmax(-1, dtype=exact).masked_fill(nothing, 0).to(q.dtype)
-    return (weights.view(B, G, H // G * T, S) @ v).view(B, H, T, -1), weights
+    return (weights.view(B, G, H // G * T, S) @ v).view(B, H, T, v.shape[3]), weights
 
 
 def with_mask(scores: Tensor, mask: Tensor) -> Tensor:

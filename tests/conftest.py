@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -14,6 +15,18 @@ sys.path.insert(0, str(ROOT))
 def read(path: Path) -> list[dict]:
     with open(path, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def gradients(results, inputs):
+    """Gradients of a sum in which every number of the results has another weight."""
+    generator = torch.Generator().manual_seed(5)
+    total = sum((r * torch.randn(r.shape, generator=generator, dtype=r.dtype)).sum() for r in results)
+    return torch.autograd.grad(total, inputs)
+
+
+def assert_equal(ours, theirs, tolerance=1e-11):
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=tolerance, atol=tolerance)
 
 
 @pytest.fixture

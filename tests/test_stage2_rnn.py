@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import assert_equal, gradients
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
@@ -58,18 +59,6 @@ def parts(state):
 def states(kind, shape):
     made = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for _ in range(2 if kind == "lstm" else 1)]
     return tuple(made) if kind == "lstm" else made[0]
-
-
-def gradients(results, inputs):
-    """Gradients of a sum in which every number of the results has another weight."""
-    generator = torch.Generator().manual_seed(5)
-    total = sum((r * torch.randn(r.shape, generator=generator, dtype=r.dtype)).sum() for r in results)
-    return torch.autograd.grad(total, inputs)
-
-
-def assert_equal(ours, theirs, tolerance=1e-11):
-    for mine, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(mine, other, rtol=tolerance, atol=tolerance)
 
 
 # ---- the cells ----

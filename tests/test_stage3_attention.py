@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import assert_equal, gradients
 from torch import nn
 from torch.nn import functional as F
 
@@ -43,18 +44,6 @@ def qkv(heads=H, groups=G, queries=T, keys=S, d=4, d_v=4, dtype=torch.float64):
         randn(B, groups, keys, d, dtype=dtype),
         randn(B, groups, keys, d_v, dtype=dtype),
     ]
-
-
-def gradients(results, inputs):
-    """Gradients of a sum in which every number of the results has another weight."""
-    generator = torch.Generator().manual_seed(5)
-    total = sum((r * torch.randn(r.shape, generator=generator, dtype=r.dtype)).sum() for r in results)
-    return torch.autograd.grad(total, inputs)
-
-
-def assert_equal(ours, theirs, tolerance=1e-11):
-    for mine, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(mine, other, rtol=tolerance, atol=tolerance)
 
 
 # ---- the formula ----
@@ -633,3 +622,43 @@ def test_the_cache_bytes_of_a_run_are_those_of_its_caches(data):
             metrics.Run("kv_heads", "", replace(SMALL, n_kv_heads=groups, steps=2, n_logs=1)), data, None
         )
         assert tables["runs"][0]["cache_bytes"] == 2 * 2 * groups * 28 * 4 * 4  # blocks, k and v, G, S, d, bytes
+
+
+# ---- the prose ----
+
+
+def test_the_decoding_speeds_in_the_prose_are_those_of_the_committed_rows(quoted_rows):
+    rows, readme = quoted_rows("stage3", "decode", "benchmark")
+    seconds = {(row["S"], row["G"], row["name"]): float(row["seconds"]) for row in rows}
+    others = {"copied to 16 heads": "copied to 16 heads", "torch's `enable_gqa`": "torch's enable_gqa"}
+    others["reading the cache once"] = "reading alone"
+    ours = [seconds["4096", G, "ours"] for G in ("16", "8", "4", "2", "1")]
+    assert f"| ours, ms | {' | '.join(f'{1000 * s:.3g}' for s in ours)} |" in readme
+    for label, name in others.items():
+        ratios = [seconds["4096", G, name] / s for G, s in zip(("16", "8", "4", "2", "1"), ours, strict=True)]
+        assert f"| {label} / ours | {' | '.join(f'{ratio:.2f}' for ratio in ratios)} |" in readme
+    for row in rows:
+        assert int(row["cache_bytes"]) == 2 * 4 * int(row["G"]) * int(row["S"]) * 64 * 4
+        if row["S"] == "4096":
+            assert f" {int(row['cache_bytes']):,} |" in readme
+
+
+def test_the_other_speeds_in_the_prose_are_those_of_the_committed_rows(quoted_rows):
+    rows, readme = quoted_rows("stage3", "benchmark", "benchmark")
+    ratio = {(row["group"], row["name"]): float(row["ratio"]) for row in rows}
+    for name in ("torch's, weights", "torch's, no weights"):
+        groups = [f"steps/s, {tokens} tokens, width {D}" for tokens in (28, 512) for D in (64, 512)]
+        times = [f"{ratio[group, name] / ratio[group, 'ours, weights']:.2f}" for group in groups]
+        assert f"{', '.join(times)} of " in readme
+    for n in (16, 256):
+        assert f"{ratio[f'tokens/s, {n} tokens decoded', 'from the cache']:.1f} times" in readme
+
+
+def test_the_differences_in_the_prose_are_seed_by_seed(quoted_rows):
+    rows = {name: quoted_rows("stage3", "test_metrics", name) for name in ("mha", "gqa4", "gqa2", "mqa")}
+    own = {row["seed"]: float(row["accuracy"]) for row in rows["mha"][0]}
+    for name in ("gqa4", "gqa2", "mqa"):
+        found, readme = rows[name]
+        apart = metrics.mean(100 * (float(row["accuracy"]) - own[row["seed"]]) for row in found)
+        line = next(line for line in readme.splitlines() if line.startswith(f"| `{name}`"))
+        assert line.endswith(f"| {apart.text('+.2f')} |")
