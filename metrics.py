@@ -660,12 +660,13 @@ class Album:
             "entropy, scores as they are",
             "largest error of a row sum",
         ]
+        name, rows = next(iter(variants.items()))
         first = "\n".join(row["weights"] for row in rows if row["head"] == "0")
         title, note = "Attention weights of a random matrix", f"{name}, head 0, a row for each of the six queries:"
         self.section(title, markdown(header, lines), note, f"```\n{first}\n```")
         self.add("demo_weights", plot_maps, weights, f"{title}: every row sums to 1")
         links = group(read_rows(self.folder / "sharing.csv"), "variant")
-        self.add("demo_sharing", plot_sharing, links, "A disturbed key/value head changes these query heads")
+        self.add("demo_sharing", plot_sharing, links, "A disturbed key head changes the weights of these query heads")
 
     def compared(self, first: str) -> None:
         """The selected models beside the first, seed by seed: accuracy, size, and what their caches hold."""

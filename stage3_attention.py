@@ -61,7 +61,7 @@ class Config:
     causal: bool = False  # a token attends to those up to itself alone
     tokens: str = "rows"  # how an image becomes tokens, see tokens_of
     readout: str = "all"  # what is classified: the states of all tokens side by side, or their mean, for any number T
-    padding: int = 0  # blank tokens after each image's own
+    padding: int = 0  # tokens of zeros after each image's own
     masked: bool = True  # hide the padding
     dropout: float = 0.2  # share of what a block adds that is zeroed while training
     label_smoothing: float = 0.1  # share of the target that is spread evenly over all classes
@@ -80,8 +80,8 @@ class Config:
 
     def __post_init__(self):
         metrics.check_config(self, CHOICES, LIMITS)
-        if self.d_model % self.n_heads or self.n_heads % self.n_kv_heads:
-            raise ValueError(f"{self.d_model=}, {self.n_heads=}, {self.n_kv_heads=}: not each a multiple of the next")
+        if self.d_model % (self.n_heads * (2 if self.position == "rotary" else 1)) or self.n_heads % self.n_kv_heads:
+            raise ValueError(f"{self.d_model=}, {self.n_heads=}, {self.n_kv_heads=}, {self.position}: do not fit")
 
     @property
     def n_steps(self) -> int:
@@ -101,7 +101,7 @@ SWEEPS: dict[str, list[dict]] = {
     "readout": [{"readout": readout} for readout in CHOICES["readout"]],
 }
 # runs of `faults` that are compared with each other: what becomes of the softmax as heads grow wider?
-ONE_HEAD = {"n_heads": 1, "n_kv_heads": 1, "dropout": 0.0}
+ONE_HEAD = {"n_heads": 1, "n_kv_heads": 1, "dropout": 0.0, "padding": 0}
 PROBES = {"scale": [{"scaled": s, "d_model": n} | ONE_HEAD for s in (True, False) for n in (16, 64, 256)]}
 AXES = {
     "kv_heads": "key/value heads for 8 query heads", "heads": "heads of the same total width", "width": "width",
@@ -146,7 +146,7 @@ def tokens_of(images: Tensor, config: Config) -> tuple[Tensor, Tensor | None]:
 # -------- 4. Model ---------------------------------------------------------------------------------------------------
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False):
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal=False) -> tuple[Tensor, Tensor]:
     """softmax(q kᵀ / √d) v (Vaswani et al. 2017, equation 1), for query heads that share keys and values in groups.
 
         query heads         0 1 2 3   4 5 6 7        H = 8
@@ -184,8 +184,7 @@ def with_mask(scores: Tensor, mask: Tensor) -> Tensor:
     """Scores (B, H, T, S) with −inf where a bool mask is False, or with a float mask added to them."""
     fits = mask.ndim <= 4 and all(a in (1, b) for a, b in zip(mask.shape[::-1], scores.shape[::-1], strict=False))
     if not fits or not (mask.dtype == torch.bool or mask.is_floating_point()):
-        wanted = f"a bool or float mask that broadcasts to (B, H, T, S) = {tuple(scores.shape)} expected"
-        raise ValueError(f"{wanted}, not {mask.dtype} of shape {tuple(mask.shape)}")
+        raise ValueError(f"{mask.dtype} {tuple(mask.shape)}: no bool or float mask for scores {tuple(scores.shape)}")
     return scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask.to(scores.dtype)
 
 
@@ -222,7 +221,7 @@ class KVCache:
 
 
 def angles(start: int, T: int, d: int, device) -> Tensor:
-    """(T, d / 2): position · 10000^(−2i / d) for positions from `start` on, as in both papers below."""
+    """(T, ⌈d / 2⌉): position · 10000^(−2i / d) for positions from `start` on, as in both papers below."""
     frequency = 10_000.0 ** (-torch.arange(0, d, 2, device=device) / d)
     return torch.outer(torch.arange(start, start + T, device=device), frequency)
 
@@ -268,12 +267,12 @@ class GroupedQueryAttention(nn.Module):
             self.distances = nn.Parameter(0.02 * torch.randn(2 * self.FAR + 1, self.d_head))
 
     def forward(self, x: Tensor, context: Tensor | None = None, mask=None, causal=False, cache: KVCache | None = None):
-        c, D, start = x if context is None else context, self.W_q.in_features, 0 if cache is None else cache.length
+        c, D, start = (x if context is None else context), self.W_q.in_features, (cache.length if cache else 0)
         if not x.ndim == c.ndim == 3 or not x.shape[2] == c.shape[2] == D or len(x) != len(c):
             raise ValueError(f"x (B, T, {D}) and context (B, S, {D}) expected, not {tuple(x.shape)}, {tuple(c.shape)}")
         if context is not None and self.position != "none":
             raise ValueError(f"{self.position} positions compare places in one sequence: there can be no other context")
-        q = self.W_q(x).unflatten(2, (self.n_heads, -1)).transpose(1, 2)  # (B, H, T, d)
+        q = self.W_q(x).unflatten(2, (self.n_heads, -1)).transpose(1, 2) * self.factor  # (B, H, T, d)
         k, v = (W(c).unflatten(2, (self.n_kv_heads, -1)).transpose(1, 2) for W in (self.W_k, self.W_v))  # (B, G, S, d)
         if self.position == "rotary":
             q, k = rotated(q, start), rotated(k, start)  # a key is turned once, before it is cached
@@ -281,11 +280,11 @@ class GroupedQueryAttention(nn.Module):
             k, v = cache.append(k, v)
         if self.position == "relative":
             S, T = k.shape[2], x.shape[1]
-            far = torch.arange(S, device=x.device) - torch.arange(S - T, S, device=x.device)[:, None]  # (T, S): j − i
-            column = far.clamp(-self.FAR, self.FAR)[None, None] + self.FAR
-            scores = (q @ self.distances.mT / math.sqrt(self.d_head)).take_along_dim(column, 3)
-            mask = scores if mask is None else with_mask(scores, mask)
-        out, weights = attention(q * self.factor if self.factor != 1 else q, k, v, mask, causal)
+            distance = torch.arange(S, device=x.device) - torch.arange(S - T, S, device=x.device)[:, None]
+            column = distance.clamp(-self.FAR, self.FAR)[None, None] + self.FAR  # (1, 1, T, S)
+            bias = (q / math.sqrt(self.d_head) @ self.distances.mT).take_along_dim(column, 3)
+            mask = bias if mask is None else with_mask(bias, mask)
+        out, weights = attention(q, k, v, mask, causal)
         return self.W_o(out.transpose(1, 2).flatten(2)), weights
 
 
@@ -347,13 +346,13 @@ class AttentionClassifier(nn.Module):
 
     def states(self, x: Tensor, mask: Tensor | None = None, caches: list[KVCache] | None = None):
         """Of tokens (B, T, F), after those in caches: the last block's states (B, T, D) and weights (B, H, T, S)."""
-        T, start, x = x.shape[1], caches[0].length if caches else 0, self.W_in(x).to(x.dtype)
+        T, start, x = x.shape[1], (caches[0].length if caches else 0), self.W_in(x).to(x.dtype)
         if self.config.position == "learned":
             if start + T > len(self.places):
                 raise ValueError(f"token {start + T} has no position: {len(self.places)} were learned")
             x = x + self.places[start : start + T]
         if self.config.position == "sinusoidal":
-            x = x + sinusoids(start, T, x.shape[2], x.device)
+            x = x + sinusoids(start, T, x.shape[2], x.device).to(x.dtype)
         for block, cache in zip(self.blocks, caches or [None] * len(self.blocks), strict=True):
             x, weights = block(x, mask, self.config.causal, cache)
         return self.norm(x), weights
@@ -449,7 +448,7 @@ def attention_maps(model: AttentionClassifier, split: Split) -> list[dict]:
 
 
 def softmax_state(model: AttentionClassifier, data: Data) -> dict[str, float]:
-    """Of the last block's weights and of the loss's gradient by all W_q and W_k, on 500 validation images."""
+    """Mean entropy (nats) of the last block's weights, norm of the loss's gradient by all W_q and W_k; 500 images."""
     states, weights = model.states(*tokens_of(data.val.images[::10], model.config))
     W = [W.weight for block in model.blocks for W in (block.attention.W_q, block.attention.W_k)]
     grads = torch.autograd.grad(F.cross_entropy(model.read(states), data.val.labels[::10]), W)
@@ -471,18 +470,19 @@ def changed(model: AttentionClassifier, data: Data, other: Callable[[Tensor], Te
 
 
 # fmt: off
-PADDED, STEEP = {"readout": "mean", "padding": 28, "position": "none"}, {"lr": 0.02, "clip": 0.0, "n_blocks": 4}
+PLAIN = {"readout": "mean", "tokens": "rows", "causal": False, "padding": 0}
+PADDED, STEEP = PLAIN | {"padding": 28, "position": "none"}, {"lr": 0.02, "clip": 0.0, "n_blocks": 4}
 FAULTS = {
-    "no positions": Fault("attention sees a set: no row knows its place", "predictions changed by shuffled rows (%)",
+    "no positions": Fault("a set: no row knows its place", "predictions changed by shuffled rows (%), 0: blind",
         lambda model, _, __, data: changed(model, data, lambda x: model(x[:, torch.randperm(28)])),
-        {"readout": "mean", "position": "none"}, "learned positions", {"readout": "mean", "position": "learned"}),
-    "a causal mask that leaks": Fault("trained on what decoding has not yet", "predictions changed by decoding (%)",
+        PLAIN | {"position": "none"}, "learned positions", PLAIN | {"position": "learned"}),
+    "no causal mask": Fault("trained on what decoding has not yet", "predictions changed by decoding (%)",
         lambda model, _, c, data: changed(model, data, lambda x: decode(model, tokens_of(x, c)[0])),
-        {"causal": False}, "each token attends to those up to itself", {"causal": True}),
-    "padding not masked": Fault("28 blank tokens take part", "predictions changed by 28 more of them (%)",
+        PLAIN, "each token attends to those up to itself", PLAIN | {"causal": True}),
+    "padding not masked": Fault("28 zero tokens take part", "predictions changed by 28 more of them (%)",
         lambda model, _, c, data: changed(model, data, lambda x: model.classify(*tokens_of(x, replace(c, padding=56)))),
         PADDED | {"masked": False}, "a mask, and the mean of the true tokens alone", PADDED | {"masked": True}),
-    "no warm-up": Fault("full rate at once", "validation accuracy (%)", lambda _, h, *__: 100 * h[-1]["val_accuracy"],
+    "no warm-up": Fault("rate 0.02 at once", "validation accuracy (%)", lambda _, h, *__: 100 * h[-1]["val_accuracy"],
         STEEP | {"warmup": 0.0}, "the same rate, warmed up", STEEP | {"warmup": 0.3}),
 }
 # fmt: on
@@ -492,7 +492,7 @@ def arithmetic(config: Config, data: Data, data_dir: Path, repeats: int) -> dict
     """How many of 768 numbers, outputs and gradients, the formula as one first writes it makes nan; and `attention`."""
     random, big = torch.randn(3, 1, 1, 3, 64), torch.full((3, 1, 1, 3, 64), 40.0, dtype=torch.float16)
     hidden, rows = torch.tensor([[False], [True], [False]]), []
-    cases = {"a query with no key": (random, hidden), "scores above 65,504 in float16": (big, hidden & False)}
+    cases = {"a query with no key": (random, hidden), "float16, q · k = 102,400": (big, torch.zeros_like(hidden))}
     for case, (inputs, hidden) in cases.items():
         q, k, v = inputs = [x.requires_grad_() for x in inputs]
         plain = (q @ k.mT / math.sqrt(64)).masked_fill(hidden, -math.inf).softmax(-1) @ v
@@ -513,7 +513,7 @@ def demo(config: Config, data: Data, data_dir: Path, repeats: int) -> dict[str, 
         layer = GroupedQueryAttention(D, H, G)
         for W in (layer.W_q, layer.W_k):
             nn.init.normal_(W.weight, std=D**-0.5)  # numbers of variance 1 in q and k: products of variance d
-        weights, layer.factor = layer(x)[1], math.sqrt(layer.d_head)
+        weights, layer.factor = layer(x)[1], math.sqrt(layer.d_head)  # over √d, and then as they are
         sharp, layer.factor = layer(x)[1], 1.0
         for h, t in itertools.product(range(H), range(6)):
             w, row = weights[0, h, t], {"experiment": "demo", "variant": name, "head": h, "query": t}
@@ -536,9 +536,10 @@ def benchmark(config: Config, data: Data, data_dir: Path, repeats: int) -> dict[
         x, y, group = torch.randn(B, T, D, device=device), data.train.labels[:B], f"steps/s, {T} tokens, width {D}"
         theirs, ours = nn.MultiheadAttention(D, 8, batch_first=True).to(device), MultiHeadAttention(D, 8).to(device)
         for name, layer, inputs, options in (
-            ("torch's, weights", theirs, (x, x, x), {}),
+            ("torch's, weights", theirs, (x, x, x), {"average_attn_weights": False}),
             ("torch's, no weights", theirs, (x, x, x), {"need_weights": False}),
             ("ours, weights", ours, (x,), {}),
+            ("ours, 1 key/value head", MultiQueryAttention(D, 8).to(device), (x,), {}),
         ):
             forward = functools.partial(layer, *inputs, **options)
             works[group, name] = n, metrics.training_steps(lambda f=forward: f()[0].mean(1), layer, y, n)
@@ -552,10 +553,10 @@ def benchmark(config: Config, data: Data, data_dir: Path, repeats: int) -> dict[
 
     B, H, d, sdpa = 4, 16, 64, F.scaled_dot_product_attention
     for S, G in itertools.product((256, 1024, 4096, 16_384)[:repeats], (16, 8, 4, 2, 1)):  # one length in a smoke run
-        q, cache, copies = torch.randn(B, H, 1, d, device=device), KVCache(B, G, S, d, device=device), H // G
+        q, cache, n = torch.randn(B, H, 1, d, device=device), KVCache(B, G, S, d, device=device), H // G
         k, v = cache.append(*torch.randn(2, B, G, S, d, device=device))
         ways = {
-            "copied to 16 heads": lambda q, *kv, n=copies: sdpa(q, *(x.repeat_interleave(n, 1) for x in kv)),
+            "copied to 16 heads": lambda q, *kv, n=n: sdpa(q, *(x.repeat_interleave(n, 1) if n > 1 else x for x in kv)),
             "torch's enable_gqa": functools.partial(sdpa, enable_gqa=True),
             "ours": attention,
             "reading alone": lambda _, k, v: (k.sum(), v.sum()),
@@ -566,7 +567,7 @@ def benchmark(config: Config, data: Data, data_dir: Path, repeats: int) -> dict[
     return {"benchmark": metrics.interleaved(works, repeats, device), "decode": rows}
 
 
-WORKS = {"faults": arithmetic, "demo": demo, "benchmark": benchmark}  # what needs no training, by its job
+WORKS = {"faults": arithmetic, "demo": demo, "benchmark": benchmark}  # what needs no trained model, by its job
 
 
 # -------- 7. Pictures ------------------------------------------------------------------------------------------------
