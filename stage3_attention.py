@@ -81,9 +81,7 @@ class Config:
     def __post_init__(self):
         metrics.check_config(self, CHOICES, LIMITS)
         if self.d_model % (self.n_heads * (2 if self.position == "rotary" else 1)) or self.n_heads % self.n_kv_heads:
-            raise ValueError(
-                f"{self.d_model=}, {self.n_heads=}, {self.n_kv_heads=}: each a multiple of the next, twice if rotary"
-            )
+            raise ValueError(f"{self.d_model=}, {self.n_heads=}, {self.n_kv_heads=}: no multiples of each other")
 
     @property
     def n_steps(self) -> int:
