@@ -117,7 +117,7 @@ JOBS: dict[str, tuple[dict, int]] = {
     "faults": ({"d_model": 64, "batch_size": 128, "steps": 300, "n_logs": 6}, 1),
 }
 SELECTED = {"train": "mha", "gqa4": "gqa4", "gqa2": "gqa2", "mqa": "mqa"}  # jobs that see the test images, and as what
-LONG, MINUTES, REPEATS = ["gqa4", "gqa2", "mqa"], 15, 5  # jobs that `all` leaves out, its minutes, repeats of works
+LONG, MINUTES, REPEATS = ["gqa4", "gqa2", "mqa"], 20, 5  # jobs that `all` leaves out, its minutes, repeats of works
 SMOKE = {"d_model": 16, "n_train": 640, "batch_size": 128, "steps": 2, "n_logs": 2}
 
 
