@@ -370,7 +370,7 @@ class Mean(NamedTuple):
     def text(self, form: str = ".2f", scale: float = 1.0) -> str:
         if not math.isfinite(self.mean):
             return "not finite"
-        spread = f" ± {self.std * scale:{form}}" if self.n > 1 else ""
+        spread = f" ± {self.std * scale:{form.lstrip('+')}}" if self.n > 1 else ""
         return f"{self.mean * scale:{form}}{spread}"
 
     def percent(self) -> str:
