@@ -257,9 +257,8 @@ class Journal:
         self.records: dict[str, dict] = {}
         self.used: dict[str, None] = {}  # the keys this job asked for, in its order
         files = self._files()
-        if files and resume:
-            self.records = {record["key"]: record["tables"] for record in map(json.loads, self._lines())}
         if rank:
+            self.records = self._finished() if resume else {}
             return
         if files and resume:
             self.merge()
@@ -273,16 +272,16 @@ class Journal:
     def _files(self) -> list[Path]:
         return sorted(self.folder.glob(f"{self.job}.*unfinished.jsonl"))
 
-    def _lines(self) -> list[str]:
+    def _finished(self) -> dict[str, dict]:
         lines = [line for file in self._files() for line in file.read_text(encoding="utf-8").splitlines(True)]
-        return [line for line in lines if line.endswith("\n")]  # a process that died in mid-line leaves none behind it
+        whole = [line for line in lines if line.endswith("\n")]  # a process that died in mid-line leaves none behind it
+        return {record["key"]: record["tables"] for record in map(json.loads, whole)}
 
     def merge(self) -> None:
         """Take over what all processes have finished, into this one's file; nothing is asked for yet."""
-        lines, others = self._lines(), [file for file in self._files() if file != self.path]
-        self.records = {record["key"]: record["tables"] for record in map(json.loads, lines)}
-        self.used = {}
-        self._write(lines)
+        others = [file for file in self._files() if file != self.path]
+        self.records, self.used = self._finished(), {}
+        self._write([self._line(name) for name in self.records])
         for file in others:
             file.unlink()
 
@@ -636,7 +635,7 @@ class Album:
         for name, axis in axes.items():
             if name in self.runs:
                 rows, title = self.runs[name], f"{self.subject}, sweep: {name}"
-                self.text += ["", f"## Sweep: {name}", "", sweep_table(rows, axis), "", finding(rows, axis)]
+                self.section(f"Sweep: {name}", sweep_table(rows, axis), finding(rows, axis))
                 if len(group(rows, "value")) <= 10:  # more values do not fit side by side
                     self.add(f"sweep_{name}", plot_sweep, rows, self.history[name], title, axis)
 

@@ -657,6 +657,11 @@ def test_the_other_speeds_in_the_prose_are_those_of_the_committed_rows(quoted_ro
 def test_the_differences_in_the_prose_are_seed_by_seed(quoted_rows):
     rows = {name: quoted_rows("stage3", "test_metrics", name) for name in ("mha", "gqa4", "gqa2", "mqa")}
     own = {row["seed"]: float(row["accuracy"]) for row in rows["mha"][0]}
+    for name in rows:
+        run, readme = (found := quoted_rows("stage3", "runs", name))[0][0], found[1]
+        line = next(line for line in readme.splitlines() if line.startswith(f"| `{name}`"))
+        assert f"{int(run['parameters']):,} parameters" in line
+        assert name != "mha" or f"{run['epochs']} epochs" in line
     for name in ("gqa4", "gqa2", "mqa"):
         found, readme = rows[name]
         apart = metrics.mean(100 * (float(row["accuracy"]) - own[row["seed"]]) for row in found)
