@@ -18,6 +18,7 @@ line.
 """
 
 import argparse
+import atexit
 import contextlib
 import csv
 import dataclasses
@@ -29,6 +30,7 @@ import math
 import os
 import platform
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -42,6 +44,7 @@ from typing import NamedTuple
 import matplotlib
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from tqdm import tqdm
@@ -222,6 +225,21 @@ def written_aside(path: Path):
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def claimed(folder: Path):
+    """Make the folder, and keep other jobs' hands off it until the block ends: OSError if one is at work there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise OSError(f"another job is at work in {folder}: wait for its end, or name another --figures-dir") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -905,6 +923,18 @@ class DataError(Exception):
 
 
 @functools.cache
+def unpacked(name: str, folder: Path) -> Path:
+    """Where torchvision may unpack the archives of data set `name`: `folder`, or if that is read-only a copy of it."""
+    raw = Path(folder) / name / "raw"
+    if not raw.is_dir() or os.access(raw, os.W_OK):
+        return folder
+    copy = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, copy, ignore_errors=True)
+    shutil.copytree(raw, Path(copy) / name / "raw")
+    return Path(copy)
+
+
+@functools.cache
 def read_images(name: str, folder: Path, mean: float, std: float) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Training and test part of torchvision's data set `name`: images (N, 28, 28) uint8 and labels (N,) int64.
 
@@ -923,7 +953,7 @@ def read_images(name: str, folder: Path, mean: float, std: float) -> list[tuple[
         if (raw / archive).exists() and not check_integrity(str(raw / archive), md5):
             raise DataError(f"{raw / archive} is damaged or not {name}'s: an MD5 sum of {md5} was expected")
     try:
-        parts = [dataset(str(folder), train=train, download=True) for train in (True, False)]
+        parts = [dataset(str(unpacked(name, folder)), train=train, download=True) for train in (True, False)]
         parts = [(part.data, part.targets) for part in parts]
         pixels = parts[0][0].float() / 255
     except (OSError, RuntimeError, ValueError, AssertionError) as error:
@@ -1063,8 +1093,11 @@ class Run(NamedTuple):
         return {"experiment": self.experiment, "value": self.value, "seed": self.config.seed}
 
 
-def plan(stage, job: str, small: dict, given: dict, only: list[str], n_seeds: int | None) -> list[Run]:
-    """The runs of a stage's job, each with every seed: its base Config, smaller in a smoke run, under the user's."""
+def plan(stage, job: str, small: dict, given: dict, only: list[str], n_seeds: int | None, most=math.inf) -> list[Run]:
+    """The runs of a stage's job, each with every seed: its base Config, smaller in a smoke run, under the user's.
+
+    n_seeds is the user's; without it there are as many as the job says, or `most` if that is less.
+    """
     changes, seeds = stage.JOBS[job]
     base = stage.Config(**(changes | small | given))
     smaller = {field: getattr(base, field) for field in small}  # also where a sweep or fault says otherwise
@@ -1077,7 +1110,7 @@ def plan(stage, job: str, small: dict, given: dict, only: list[str], n_seeds: in
         runs += [(name, label(c, changes), c | smaller) for name, changes in stage.PROBES.items() for c in changes]
     else:
         runs = [(stage.SELECTED[job], "", {})]
-    seeds = range(base.seed, base.seed + (n_seeds or (min(2, seeds) if small else seeds)))
+    seeds = range(base.seed, base.seed + (n_seeds or min(seeds, most)))
     configs = [(experiment, value, dataclasses.replace(base, **change)) for experiment, value, change in runs]
     return [Run(e, value, dataclasses.replace(config, seed=seed)) for e, value, config in configs for seed in seeds]
 
@@ -1216,27 +1249,26 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-def parse_command_line(
-    argv: list[str] | None, script: str, doc: str, jobs: Iterable[str], sweeps: dict, config_type: type, choices: dict
-) -> tuple[argparse.Namespace, dict]:
-    """The command line that the stages share: the job's flags, and the Config fields that the user gave.
+def parse_command_line(stage, works: Iterable[str], argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
+    """The command line that the stages share, whose WHAT is a job or a work: its flags, and the Config fields given.
 
-    Every field of config_type is a flag: its type that of its default, a tuple any number of whole numbers. A flag or
-    value that is off, or that config_type refuses with a ValueError, is one line on stderr and exit status 2.
+    Every field of the stage's Config is a flag: its type that of its default, a tuple any number of whole numbers. A
+    flag or value that is off, or that Config refuses with a ValueError, is one line on stderr and exit status 2.
     """
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a console without Chinese letters still shows the rest
-    script, stage = Path(script).name, Path(script).name.split("_")[0]
+    script, sweeps, fields = Path(stage.__file__).name, stage.SWEEPS, dataclasses.fields(stage.Config)
+    name = script.split("_")[0]
     parser = _Parser(
-        prog=script, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        prog=script, description=stage.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    whats = ["all", *dict.fromkeys(jobs), "plot"]
+    whats = ["all", *dict.fromkeys([*stage.JOBS, *works]), "plot"]
     parser.add_argument("what", nargs="?", default="all", choices=whats, metavar="WHAT", help=", ".join(whats))
     parser.add_argument("--seeds", type=int, help="runs of every Config, each with the next seed")
     parser.add_argument("--only", nargs="+", choices=sweeps, metavar="SWEEP", help=f"of {', '.join(sweeps)}")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     parser.add_argument("--data-dir", type=Path, default=HERE / "data")
-    parser.add_argument("--figures-dir", type=Path, help=f"results go to its folder {stage} (default: figures)")
+    parser.add_argument("--figures-dir", type=Path, help=f"results go to its folder {name} (default: figures)")
     parser.add_argument("--resume", action="store_true", help="go on with the same job where it was interrupted")
     parser.add_argument("--smoke", action="store_true", help="a tiny run of everything, into a temporary folder")
     parser.add_argument("--quiet", action="store_true", help="no progress, only the results and the paths")
@@ -1244,17 +1276,17 @@ def parse_command_line(
         "Config",
         "each sets the field of this name, except where a sweep or fault sets it; jobs have defaults of their own",
     )
-    for field in dataclasses.fields(config_type):
+    for field in fields:
         kind = type(field.default)
         how = {bool: {"action": argparse.BooleanOptionalAction}, tuple: {"type": int, "nargs": "*"}}
-        how = how.get(kind, {"type": kind, "choices": choices.get(field.name)})
+        how = how.get(kind, {"type": kind, "choices": stage.CHOICES.get(field.name)})
         flag = "--" + field.name.replace("_", "-")
         knobs.add_argument(flag, dest=field.name, default=argparse.SUPPRESS, help=f"default {field.default}", **how)
     args = parser.parse_args(argv)
-    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(config_type) if hasattr(args, f.name)}
+    given = {f.name: getattr(args, f.name) for f in fields if hasattr(args, f.name)}
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     try:
-        config_type(**given)
+        stage.Config(**given)
     except ValueError as error:
         parser.error(str(error))
     if "epochs" in given:
@@ -1276,7 +1308,7 @@ def parse_command_line(
     n = os.environ.get("LOCAL_WORLD_SIZE", "1")
     args.script, start = script, ["python"] if n == "1" else ["torchrun", f"--nproc-per-node={n}"]
     args.command = shlex.join([*start, script, *words])
-    args.figures = (args.figures_dir or HERE / "figures") / stage
+    args.figures = (args.figures_dir or HERE / "figures") / name
     return args, given
 
 
@@ -1289,34 +1321,39 @@ def interrupted(args: argparse.Namespace) -> int:
     return 130
 
 
-def run_stage(stage, argv: list[str] | None) -> int:
+def run_stage(stage, works: dict[str, Callable], argv: list[str] | None) -> int:
     """A stage's command line, the same in the three: parse, train, publish the rows, draw; gives the exit status.
 
+    works are what needs no trained model, by the WHAT that asks for it: (config, data, data_dir, repeats) -> tables.
     0 is done; 1 data that cannot be had or a file that cannot be written; 130 Ctrl-C; bad flags exit with 2. Where
     torchrun started several processes, each takes its share of the runs, and the first does all else.
     """
-    works = getattr(stage, "WORKS", {"benchmark": stage.benchmark})  # what needs no training, by its job
-    args, given = parse_command_line(
-        argv, stage.__file__, stage.__doc__, [*stage.JOBS, *works], stage.SWEEPS, stage.Config, stage.CHOICES
-    )
+    args, given = parse_command_line(stage, works, argv)
     rank, n_processes = team()
     meet = torch.distributed.barrier if n_processes > 1 else lambda: None
     if n_processes > 1:
         torch.distributed.broadcast_object_list(shared := [args.figures])
         args.figures, args.quiet = shared[0], args.quiet or rank > 0
     device, small = torch.device(args.device), stage.SMOKE if args.smoke else {}
-    every = [job for job in stage.JOBS if args.smoke or job not in stage.LONG]
-    jobs = every if args.what == "all" else [job for job in stage.JOBS if job == args.what]
-    works = {name: work for name, work in works.items() if args.what in ("all", name)}
+    most = 2 if args.smoke else 3 if args.what == "all" else math.inf  # seeds
+    skipped = stage.LONG if args.what == "all" else ()  # but a smoke run leaves out no training
+    jobs = [job for job in stage.JOBS if args.what in ("all", job) and (args.smoke or job not in skipped)]
+    works = {job: work for job, work in works.items() if args.what in ("all", job) and job not in skipped}
     if args.what == "all" and not (args.smoke or args.quiet):
-        print(f"all but {' and '.join(stage.LONG)}: about {stage.MINUTES} minutes on 2 CPU cores, one seed a sweep")
-    load_as = functools.cache(lambda **how: stage.load_data(stage.Config(**how), device, args.data_dir))
+        print(
+            f"all but {' and '.join(stage.LONG)}: about {stage.MINUTES} minutes on 2 CPU cores, {most} seeds, 1 a sweep"
+        )
+
+    @functools.cache
+    def load_as(**how):
+        data = stage.load_data(stage.Config(**how), device, args.data_dir)
+        return data._replace(val=Split(*(part[::10] for part in data.val))) if args.smoke else data
 
     def load(config):  # only this changes what is loaded
         return load_as(**{"normalise": config.normalise} if hasattr(config, "normalise") else {})
 
     try:
-        runs = [run for job in jobs for run in plan(stage, job, small, given, args.only, args.seeds)]
+        runs = [run for job in jobs for run in plan(stage, job, small, given, args.only, args.seeds, most)]
     except ValueError as error:  # flags that are good each by itself, but not in one of this job's runs
         print(f"{Path(stage.__file__).name}: {error}", file=sys.stderr)
         return 2
@@ -1325,20 +1362,22 @@ def run_stage(stage, argv: list[str] | None) -> int:
             load(stage.Config())  # what is wrong with the data is said before anything is trained
             if rank > 0:
                 meet()
-            journal = Journal(args.figures, args.what, environment(args.command, device), args.resume, rank)
-            if rank == 0:
+            with claimed(args.figures) if rank == 0 else contextlib.nullcontext():
+                journal = Journal(args.figures, args.what, environment(args.command, device), args.resume, rank)
+                if rank == 0:
+                    meet()
+                sweep(stage, runs[rank::n_processes], load, journal, args.quiet)
                 meet()
-            sweep(stage, runs[rank::n_processes], load, journal, args.quiet)
-            meet()
-            if rank > 0:
-                return 0
-            if n_processes > 1:
-                journal.merge()
-                sweep(stage, runs, load, journal, quiet=True)  # finds them all, and puts them into their order
-            config, repeats = stage.Config(**(small | given)), 1 if args.smoke else stage.REPEATS
-            for name, work in works.items():
-                journal.run({name: str(config)}, lambda work=work: work(config, load(config), args.data_dir, repeats))
-            journal.publish()
+                if rank > 0:
+                    return 0
+                if n_processes > 1:
+                    journal.merge()
+                    sweep(stage, runs, load, journal, quiet=True)  # finds them all, and puts them into their order
+                config, repeats = stage.Config(**(small | given)), 1 if args.smoke else stage.REPEATS
+                for name, work in works.items():
+                    measure = functools.partial(work, config, load(config), args.data_dir, repeats)
+                    journal.run({name: str(config)}, measure)
+                journal.publish()
         paths = stage.plot(args.figures)
     except KeyboardInterrupt:
         return interrupted(args)

@@ -2,12 +2,13 @@
 
 Test accuracy 98.61 ± 0.08 % after 15 epochs, 99.30 ± 0.07 % with deformed images: 5 seeds each, 2 CPU cores.
 
-    python stage1_mlp.py                 everything but the long deformed run: train, sweep, faults, benchmark, pictures
+    python stage1_mlp.py                 train, sweep, faults, benchmark, pictures: all but deformed and scale_out
     python stage1_mlp.py train           the 784-128-256-10 baseline, 5 seeds, with a report per class
     python stage1_mlp.py deformed        the same network on images deformed anew at every step
     python stage1_mlp.py sweep --only depth width --seeds 3
     python stage1_mlp.py faults          what goes wrong in training: provoked, measured, mended
     python stage1_mlp.py benchmark       speed, against a DataLoader pipeline and the machine's own matrix product
+    python stage1_mlp.py scale_out       a sweep by one process, and by several under torchrun: runs a minute
     python stage1_mlp.py plot            draw figures/stage1/ again from its saved rows
 
 Axis letters in shape comments: B batch, C classes, N images, P = 784 pixels of an image, D neurons of a layer.
@@ -16,7 +17,9 @@ Axis letters in shape comments: B batch, C classes, N images, P = 784 pixels of 
 import functools
 import itertools
 import math
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -122,7 +125,7 @@ JOBS: dict[str, tuple[dict, int]] = {
     "faults": ({"steps": 500, "n_logs": 20, "weight_decay": 0.0, "label_smoothing": 0.0}, 1),
 }
 SELECTED = {"train": "baseline", "deformed": "deformed"}  # jobs whose models are scored on the test images, and as what
-LONG, MINUTES, REPEATS = ["deformed"], 6, 3  # jobs that `all` leaves out, its minutes, repeats of the benchmark
+LONG, MINUTES, REPEATS = ["deformed", "scale_out"], 6, 3  # what `all` leaves out, its minutes, repeats of works
 SMOKE = {"hidden": (16, 12), "n_train": 640, "steps": 6, "n_logs": 2}
 
 
@@ -428,7 +431,8 @@ def benchmark(config: Config, data: Data, data_dir: Path, repeats: int) -> dict[
     epoch = replace(config, epochs=1, steps=0, n_logs=1, n_train=min(config.n_train, 11_000))  # a fifth of the images
     works: dict[tuple[str, str], tuple[float, Callable]] = {}  # (group, name) -> (how much work, doing it)
     transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((MEAN,), (STD,))])
-    images = torch.utils.data.Subset(datasets.MNIST(str(data_dir), transform=transform), range(epoch.n_train))
+    images = datasets.MNIST(str(metrics.unpacked("MNIST", data_dir)), transform=transform)
+    images = torch.utils.data.Subset(images, range(epoch.n_train))
     for n in (0, 2):
         work = functools.partial(dataloader_epoch, epoch, images, device, n)
         works["images/s", f"DataLoader, {n} workers"] = (epoch.n_train, work)
@@ -444,6 +448,24 @@ def benchmark(config: Config, data: Data, data_dir: Path, repeats: int) -> dict[
         works[group, "a step's products"] = (gflop, lambda p=pairs: [x @ y for _ in range(n_steps) for x, y in p])
         works[group, "a training step"] = (gflop, functools.partial(train, steps, few))
     return {"benchmark": metrics.interleaved(works | metrics.report_works(), repeats, device)}
+
+
+def scale_out(config: Config, data: Data, data_dir: Path, repeats: int) -> dict[str, list[dict]]:
+    """The same sweep by one process with every thread, and by torchrun's processes, one for each thread or GPU."""
+    device = data.train.images.device
+    n = torch.cuda.device_count() if device.type == "cuda" else torch.get_num_threads()
+    launchers = {"one process": (), f"{n} processes": ("-m", "torch.distributed.run", "--standalone", f"--nproc={n}")}
+    names, works = ("depth", "width"), {}
+    with tempfile.TemporaryDirectory() as folder:
+        job = [__file__, "sweep", "--quiet", "--only", *names, "--steps", str(config.steps or 600)]
+        job += ["--device", device.type, "--data-dir", str(data_dir), "--figures-dir", folder]
+        for name, launcher in launchers.items():
+            start = functools.partial(
+                subprocess.run, [sys.executable, *launcher, *job], check=True, capture_output=True
+            )
+            works["runs/min, from start to pictures", name] = (60 * sum(len(SWEEPS[name]) for name in names), start)
+        rows = metrics.interleaved(works, repeats, device)
+    return {"benchmark": [row | {"experiment": "scale_out"} for row in rows]}
 
 
 # -------- 7. Pictures ------------------------------------------------------------------------------------------------
@@ -466,7 +488,7 @@ def plot(figures: Path) -> list[Path]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return metrics.run_stage(sys.modules[__name__], argv)
+    return metrics.run_stage(sys.modules[__name__], {"benchmark": benchmark, "scale_out": scale_out}, argv)
 
 
 if __name__ == "__main__":

@@ -593,7 +593,7 @@ def plot(figures: Path) -> list[Path]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return metrics.run_stage(sys.modules[__name__], argv)
+    return metrics.run_stage(sys.modules[__name__], {"benchmark": benchmark}, argv)
 
 
 if __name__ == "__main__":

@@ -567,9 +567,6 @@ def benchmark(config: Config, data: Data, data_dir: Path, repeats: int) -> dict[
     return {"benchmark": metrics.interleaved(works, repeats, device), "decode": rows}
 
 
-WORKS = {"faults": arithmetic, "demo": demo, "benchmark": benchmark}  # what needs no trained model, by its job
-
-
 # -------- 7. Pictures ------------------------------------------------------------------------------------------------
 
 
@@ -593,7 +590,7 @@ def plot(figures: Path) -> list[Path]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return metrics.run_stage(sys.modules[__name__], argv)
+    return metrics.run_stage(sys.modules[__name__], {"faults": arithmetic, "demo": demo, "benchmark": benchmark}, argv)
 
 
 if __name__ == "__main__":

@@ -422,9 +422,7 @@ def test_a_bad_flag_is_one_line_and_exit_2(stage, capsys):
 
 
 def test_the_users_epochs_win_over_a_jobs_steps(stage):
-    args, given = metrics.parse_command_line(
-        ["sweep", "--epochs", "2"], stage.__file__, "", stage.JOBS, stage.SWEEPS, stage.Config, stage.CHOICES
-    )
+    args, given = metrics.parse_command_line(stage, ["benchmark"], ["sweep", "--epochs", "2"])
     runs = metrics.plan(stage, "sweep", {}, given, [TWO_SWEEPS[stage.__name__][1]], None)
     assert all(run.config.n_steps == 2 * math.ceil(55_000 / run.config.batch_size) for run in runs)
     assert len(runs) == len(stage.SWEEPS[TWO_SWEEPS[stage.__name__][1]])
@@ -497,6 +495,41 @@ def test_a_truncated_unpacked_file_is_one_line(stage, tmp_path, run_on):
     code, error = run_on(tmp_path)
     assert code == 1
     assert "-ubyte" in error
+
+
+def test_a_read_only_data_folder_is_read_and_left_as_it_is(stage, tmp_path, monkeypatch):
+    name, access = SETS[stage.__name__][0], os.access
+    raw = tmp_path / "data" / name / "raw"
+    raw.mkdir(parents=True)
+    archives = [archive for archive, _ in getattr(datasets, name).resources]
+    for archive in archives:
+        shutil.copy(ROOT / "data" / name / "raw" / archive, raw)
+    monkeypatch.setattr(os, "access", lambda path, mode: path != raw and access(path, mode))  # root may write anywhere
+    command = ["benchmark", "--smoke", "--quiet", "--data-dir", str(tmp_path / "data")]
+    assert stage.main([*command, "--figures-dir", str(tmp_path / "out")]) == 0
+    assert sorted(path.name for path in raw.iterdir()) == sorted(archives)
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(stage, tmp_path, capsys):
+    (tmp_path / "taken").write_text("a file")
+    assert stage.main(["train", "--smoke", "--quiet", "--figures-dir", str(tmp_path / "taken")]) == 1
+    error = capsys.readouterr().err
+    assert str(tmp_path / "taken") in error
+    assert error.count("\n") == 1
+
+
+def test_a_second_job_in_the_same_folder_is_refused_and_spoils_nothing(stage, tmp_path, capsys):
+    command = ["benchmark", "--smoke", "--quiet", "--figures-dir", str(tmp_path)]
+    folder = tmp_path / stage.__name__.split("_")[0]
+    with metrics.claimed(folder):  # as the first job holds it
+        (folder / "train.unfinished.jsonl").write_text("")
+        before = sorted(folder.iterdir())
+        assert stage.main(command) == 1
+        error = capsys.readouterr().err
+        assert f"another job is at work in {folder}" in error
+        assert error.count("\n") == 1
+        assert sorted(folder.iterdir()) == before
+    assert stage.main(command) == 0
 
 
 def test_plot_without_rows_is_one_line(stage, tmp_path, capsys):

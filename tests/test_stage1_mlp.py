@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import read
 from torch import nn
 from torch.nn import functional as F
 
@@ -233,6 +234,17 @@ def test_clipping_bounds_the_update(data):
     moved = (nn.utils.parameters_to_vector(model.parameters()) - before).norm().item()
     assert history[0]["grad_norm"] > 0.1
     assert moved == pytest.approx(0.01 * stage.one_cycle(config, 0), rel=1e-3)
+
+
+def test_scale_out_runs_the_sweep_in_one_process_and_in_several(tmp_path):
+    assert stage.main(["scale_out", "--smoke", "--quiet", "--figures-dir", str(tmp_path)]) == 0
+    rows = read(tmp_path / "stage1" / "benchmark.csv")
+    assert [row["name"] for row in rows] == ["one process", f"{torch.get_num_threads()} processes"]
+    n_runs = len(stage.SWEEPS["depth"]) + len(stage.SWEEPS["width"])
+    for row in rows:
+        assert row["experiment"] == "scale_out"
+        assert float(row["rate"]) == pytest.approx(60 * n_runs / float(row["seconds"]), rel=1e-4)
+        assert float(row["ratio"]) == pytest.approx(float(row["rate"]) / float(rows[0]["rate"]), rel=1e-4)
 
 
 # ---- names and prose ----
