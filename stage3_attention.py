@@ -63,7 +63,7 @@ class Config:
     readout: str = "all"  # what is classified: the states of all tokens side by side, or their mean, for any number T
     padding: int = 0  # tokens of zeros after each image's own
     masked: bool = True  # hide the padding
-    dropout: float = 0.2  # share of what a block adds that is zeroed while training
+    dropout: float = 0.2  # share of the features of what a block adds that are zeroed for a whole image in training
     label_smoothing: float = 0.1  # share of the target that is spread evenly over all classes
     bfloat16: bool = True  # train with products in bfloat16, on a device that has instructions for them
     optimizer: str = "adamw"
@@ -101,8 +101,8 @@ SWEEPS: dict[str, list[dict]] = {
     "readout": [{"readout": readout} for readout in CHOICES["readout"]],
 }
 # runs of `faults` that are compared with each other: what becomes of the softmax as heads grow wider?
-ONE_HEAD = {"n_heads": 1, "n_kv_heads": 1, "dropout": 0.0, "padding": 0}
-PROBES = {"scale": [{"scaled": s, "d_model": n} | ONE_HEAD for s in (True, False) for n in (16, 64, 256)]}
+ONE_HEAD = {"n_heads": 1, "n_kv_heads": 1, "dropout": 0.0, "padding": 0, "steps": 150}
+PROBES = {"scale": [ONE_HEAD | {"scaled": s, "d_model": n} for s in (True, False) for n in (16, 64, 256)]}
 AXES = {
     "kv_heads": "key/value heads for 8 query heads", "heads": "heads of the same total width", "width": "width",
     "blocks": "blocks", "position": "position, mean of the states", "steps": "training steps, each its own run",
@@ -113,8 +113,7 @@ AXES = {
 JOBS: dict[str, tuple[dict, int]] = {
     "train": ({}, 5),
     **{name: ({"n_kv_heads": n}, 5) for name, n in (("gqa4", 4), ("gqa2", 2), ("mqa", 1))},
-    "sweep": ({"d_model": 64, "batch_size": 128, "steps": 300, "n_logs": 6}, 1),
-    "faults": ({"d_model": 64, "batch_size": 128, "steps": 300, "n_logs": 6}, 1),
+    **dict.fromkeys(("sweep", "faults"), ({"d_model": 64, "batch_size": 128, "steps": 300, "n_logs": 6}, 1)),
 }
 SELECTED = {"train": "mha", "gqa4": "gqa4", "gqa2": "gqa2", "mqa": "mqa"}  # jobs that see the test images, and as what
 LONG, MINUTES, REPEATS = ["gqa4", "gqa2", "mqa"], 20, 5  # jobs that `all` leaves out, its minutes, repeats of works
@@ -272,6 +271,9 @@ class GroupedQueryAttention(nn.Module):
             raise ValueError(f"x (B, T, {D}) and context (B, S, {D}) expected, not {tuple(x.shape)}, {tuple(c.shape)}")
         if context is not None and self.position != "none":
             raise ValueError(f"{self.position} positions compare places in one sequence: there can be no other context")
+        T, S = x.shape[1], c.shape[1] + start
+        if cache is not None and mask is not None:  # one that does not fit is refused before the cache takes x up
+            with_mask(x.new_zeros(len(x), self.n_heads, T, S), mask)
         q = self.W_q(x).unflatten(2, (self.n_heads, -1)).transpose(1, 2) * self.factor  # (B, H, T, d)
         k, v = (W(c).unflatten(2, (self.n_kv_heads, -1)).transpose(1, 2) for W in (self.W_k, self.W_v))  # (B, G, S, d)
         if self.position == "rotary":
@@ -279,7 +281,6 @@ class GroupedQueryAttention(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)
         if self.position == "relative":
-            S, T = k.shape[2], x.shape[1]
             distance = torch.arange(S, device=x.device) - torch.arange(S - T, S, device=x.device)[:, None]
             column = distance.clamp(-self.FAR, self.FAR)[None, None] + self.FAR  # (1, 1, T, S)
             bias = (q / math.sqrt(self.d_head) @ self.distances.mT).take_along_dim(column, 3)
@@ -303,7 +304,7 @@ class MultiQueryAttention(GroupedQueryAttention):
 
 
 class Block(nn.Module):
-    """Pre-norm: x + attention(norm(x)), then x + mlp(norm(x)), with dropout on what is added."""
+    """Pre-norm: x + attention(norm(x)), then x + mlp(norm(x)); the same features of all tokens drop out (Gal 2016)."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -314,8 +315,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, mask=None, causal=False, cache=None) -> tuple[Tensor, Tensor]:
         out, weights = self.attention(self.norm_1(x), mask=mask, causal=causal, cache=cache)
-        x = x + self.dropout(out)
-        return x + self.dropout(self.mlp(self.norm_2(x))), weights
+        every = torch.ones_like(x[:, :1])  # (B, 1, D): to draw T times as many takes a quarter of a step on a CPU
+        x = x + out * self.dropout(every)
+        return x + self.mlp(self.norm_2(x)) * self.dropout(every), weights
 
 
 class AttentionClassifier(nn.Module):
@@ -329,8 +331,8 @@ class AttentionClassifier(nn.Module):
         if config.position == "learned":
             self.places = nn.Parameter(0.02 * torch.randn(self.n_tokens, config.d_model))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_blocks))
-        n_side_by_side = self.n_read if config.readout == "all" else 1
-        self.norm, self.out = nn.LayerNorm(config.d_model), nn.Linear(n_side_by_side * config.d_model, len(CLASSES))
+        n_out = config.d_model * (self.n_read if config.readout == "all" else 1)
+        self.norm, self.out = nn.LayerNorm(config.d_model), nn.Linear(n_out, len(CLASSES))
 
     def forward(self, images: Tensor) -> Tensor:
         return self.classify(*tokens_of(images, self.config))
@@ -452,7 +454,10 @@ def softmax_state(model: AttentionClassifier, data: Data) -> dict[str, float]:
     states, weights = model.states(*tokens_of(data.val.images[::10], model.config))
     W = [W.weight for block in model.blocks for W in (block.attention.W_q, block.attention.W_k)]
     grads = torch.autograd.grad(F.cross_entropy(model.read(states), data.val.labels[::10]), W)
-    return {"entropy": metrics.entropy(weights).mean().item(), "gradient norm": nn.utils.get_total_norm(grads).item()}
+    return {
+        "entropy (nats)": metrics.entropy(weights).mean().item(),
+        "gradient norm": nn.utils.get_total_norm(grads).item(),
+    }
 
 
 @metrics.inference
@@ -515,12 +520,11 @@ def demo(config: Config, data: Data, data_dir: Path, repeats: int) -> dict[str, 
             nn.init.normal_(W.weight, std=D**-0.5)  # numbers of variance 1 in q and k: products of variance d
         weights, layer.factor = layer(x)[1], math.sqrt(layer.d_head)  # over √d, and then as they are
         sharp, layer.factor = layer(x)[1], 1.0
+        entropies = {"entropy": metrics.entropy(weights), "unscaled": metrics.entropy(sharp)}  # (1, H, 6) each
         for h, t in itertools.product(range(H), range(6)):
             w, row = weights[0, h, t], {"experiment": "demo", "variant": name, "head": h, "query": t}
             row |= {"weights": metrics.digits(w), "row_error": abs(w.sum().item() - 1)}
-            rows.append(
-                row | {"entropy": metrics.entropy(w).item(), "unscaled": metrics.entropy(sharp[0, h, t]).item()}
-            )
+            rows.append(row | {key: values[0, h, t].item() for key, values in entropies.items()})
         for g, keys in enumerate(layer.W_k.weight.split(layer.d_head)):
             keys += torch.randn_like(keys)  # disturb one key head: which query heads' weights change?
             before, weights = weights, layer(x)[1]
@@ -543,9 +547,8 @@ def benchmark(config: Config, data: Data, data_dir: Path, repeats: int) -> dict[
         ):
             forward = functools.partial(layer, *inputs, **options)
             works[group, name] = n, metrics.training_steps(lambda f=forward: f()[0].mean(1), layer, y, n)
-    model = (
-        build(replace(config, causal=True, position="sinusoidal", readout="mean"), device).eval().requires_grad_(False)
-    )
+    model = build(replace(config, causal=True, position="sinusoidal", readout="mean"), device)
+    model.eval().requires_grad_(False)
     for N in (16, 64, 256):
         x, group = torch.randn(1, N, 28, device=device), f"tokens/s, {N} tokens decoded"
         works[group, "everything again"] = N, lambda x=x: [model.states(x[:, :t]) for t in range(1, x.shape[1] + 1)]

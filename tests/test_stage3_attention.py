@@ -340,6 +340,21 @@ def test_only_a_network_with_positions_notices_the_order(position):
     assert difference < 1e-12 if position == "none" else difference > 1e-4
 
 
+def test_dropout_takes_the_same_features_of_all_tokens_and_only_in_training():
+    block = stage.Block(replace(SMALL, dropout=0.4)).double()
+    x, mask = torch.randn(B, T, D, dtype=torch.float64), torch.ones(T, T, dtype=torch.bool).tril()
+    torch.manual_seed(1)
+    kept = [F.dropout(torch.ones(B, 1, D, dtype=torch.float64), 0.4) for _ in range(2)]  # as the block will draw them
+    torch.manual_seed(1)
+    out, _ = block(x, mask)
+    middle = x + block.attention(block.norm_1(x), mask=mask)[0] * kept[0]
+    assert_equal([out], [middle + block.mlp(block.norm_2(middle)) * kept[1]])
+    assert 0 < (kept[0] == 0).sum() < B * D
+    block.eval()
+    middle = x + block.attention(block.norm_1(x), mask=mask)[0]
+    assert_equal([block(x, mask)[0]], [middle + block.mlp(block.norm_2(middle))])
+
+
 # ---- the cache ----
 
 
@@ -392,6 +407,19 @@ def test_a_full_cache_refuses_and_keeps_what_it_holds():
         cache.append(k, k)
     assert cache.length == 3
     assert torch.equal(cache.append(k[:, :, :2], k[:, :, :2])[0], torch.cat([k, k[:, :, :2]], 2))
+
+
+@pytest.mark.parametrize("position", ["none", "relative"])
+def test_a_mask_that_does_not_fit_is_refused_before_the_cache_takes_anything_up(position):
+    layer, cache = GroupedQueryAttention(D, H, G, position=position), KVCache(B, G, 9, D // H)
+    x = torch.randn(B, T, D)
+    layer(x[:, :3], cache=cache)
+    for mask in (torch.ones(2, 2, dtype=torch.bool), torch.ones(B, H, 2, 3), torch.ones(2, T, dtype=torch.int64)):
+        with pytest.raises(ValueError, match="no bool or float mask"):
+            layer(x[:, 3:], mask=mask, cache=cache)
+        assert cache.length == 3
+    fits = torch.ones(2, T, dtype=torch.bool)
+    assert_equal(layer(x[:, 3:], mask=fits, cache=cache), [part[..., -2:, :] for part in layer(x)], tolerance=1e-5)
 
 
 def test_autograd_refuses_to_go_back_past_a_later_append():
@@ -603,7 +631,7 @@ def test_softmax_state_is_of_the_last_blocks_weights_and_all_score_weights(data)
     assert found["gradient norm"] == pytest.approx(sum(squares).sqrt().item(), rel=1e-5)
     _, weights = model.states(images)
     own = -(weights * weights.clamp_min(1e-38).log()).sum(-1).mean().item()
-    assert found["entropy"] == pytest.approx(own, rel=1e-5)
+    assert found["entropy (nats)"] == pytest.approx(own, rel=1e-5)
 
 
 def test_maps_hold_the_weights_of_the_last_block(data):
