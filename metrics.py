@@ -1,6 +1,6 @@
 """Classification metrics by hand, and the tables and pictures that show them.
 
-The three stages share this one module. Its first half is arithmetic: everything follows from the confusion matrix
+The three stages share this one module. Its first section is arithmetic: everything follows from the confusion matrix
 (混淆矩阵), whose row is the true class and whose column the predicted one.
 
                  predicted c      predicted other
@@ -10,9 +10,8 @@ The three stages share this one module. Its first half is arithmetic: everything
     accuracy 准确率 = (TP + TN) / (TP + TN + FP + FN) for two classes; for C classes the share of the diagonal
     F1值 = 2 · precision · recall / (precision + recall) = 2 TP / (2 TP + FP + FN)
 
-Its second half is what the stages need around that: it keeps the rows of finished runs safe, draws tables and pictures
-from saved rows alone, and reads data sets, plans and runs jobs, times works against each other and parses the command
-line.
+The other sections are what the stages need around that. They keep the rows of finished runs safe, draw tables and
+pictures from saved rows alone, read data sets, run jobs, time works against each other, and parse the command line.
 
     1. Arithmetic   2. Rows   3. Tables   4. Pictures   5. Jobs
 """
@@ -412,13 +411,17 @@ def group(rows: list[dict], column: str) -> dict[str, list[dict]]:
 
 def label(change: dict, changes: list[dict]) -> str:
     """A change's name in its sweep, by what tells it from the others: "2×128" (layers by neurons), "sgd, lr 0.3"."""
-    one_field = len({*itertools.chain(*changes)}) == 1
-    own = {key: value for key, value in change.items() if one_field or any(c.get(key) != value for c in changes)}
+    columns = {key: tuple(c.get(key) for c in changes) for key in itertools.chain(*changes)}
+    varied: dict[tuple, str] = {}  # what tells them apart; of fields that always agree, the first
+    for key, values in columns.items():
+        if len(set(values)) > 1 or len(columns) == 1:
+            varied.setdefault(values, key)
     words = []
-    for key, value in own.items():
+    for key in (key for key in varied.values() if key in change):
+        value = change[key]
         if isinstance(value, tuple):
             words.append(f"{len(value)}×{value[0]}" if len(set(value)) == 1 else "-".join(map(str, value)) or "0")
-        elif isinstance(value, str) or one_field:
+        elif isinstance(value, str) or len(varied) == 1:
             words.append(str(value))
         elif value:
             words.append(f"{key.replace('_', ' ')} {value}")

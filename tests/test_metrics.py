@@ -343,6 +343,8 @@ def test_a_seed_that_diverged_does_not_hide_the_others():
         ([{"hidden": (256, 128)}, {"hidden": (256, 64)}, {"hidden": (256, 256)}], ["256-128", "256-64", "2×256"]),
         ([{"clip": 1.0}], ["1.0"]),
         ([{"hidden": ()}, {"hidden": (5,)}], ["0", "1×5"]),
+        ([{}, {"clip": 0.0}, {"clip": 2.0}], ["nothing", "0.0", "2.0"]),
+        ([{"heads": n, "kv_heads": n, "width": 8} for n in (1, 4)], ["1", "4"]),  # two fields that always agree
     ],
 )
 def test_labels_tell_values_apart(changes, labels):
