@@ -423,7 +423,7 @@ def label(change: dict, changes: list[dict]) -> str:
             words.append(f"{len(value)}×{value[0]}" if len(set(value)) == 1 else "-".join(map(str, value)) or "0")
         elif isinstance(value, str) or len(varied) == 1:
             words.append(str(value))
-        elif value:
+        elif value or value is False:
             words.append(f"{key.replace('_', ' ')} {value}")
     return ", ".join(words) or "nothing"
 
@@ -633,7 +633,7 @@ class Album:
             loss = mean(r["loss"] for r in rows).text(".4f")
             lines.append([name, *(mean(r[c] for r in rows).percent() for c in columns), loss, len(rows)])
         header = ["test images", *(f"{name.replace('_', ' ')} %" for name in columns), "loss", "n"]
-        self.text += ["", "## Test images: the selected models, each scored once, at the end of its run", ""]
+        self.text += ["", "## Test images: the selected models, scored at the end of their runs", ""]
         self.text.append(markdown(header, lines))
         for name, rows in tests.items():
             matrix = torch.zeros(len(class_names), len(class_names), dtype=torch.int64)
@@ -686,7 +686,9 @@ class Album:
         self.section(title, markdown(header, lines), note, f"```\n{first}\n```")
         self.add("demo_weights", plot_maps, weights, f"{title}: every row sums to 1")
         links = group(read_rows(self.folder / "sharing.csv"), "variant")
-        self.add("demo_sharing", plot_sharing, links, "A disturbed key head changes the weights of these query heads")
+        self.add(
+            "demo_sharing", plot_sharing, links, "A disturbed key/value head changes the outputs of these query heads"
+        )
 
     def compared(self, first: str) -> None:
         """The selected models beside the first, seed by seed: accuracy, size, and what their caches hold."""

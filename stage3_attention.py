@@ -18,7 +18,6 @@ import itertools
 import math
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -93,12 +92,10 @@ class Config:
 SWEEPS: dict[str, list[dict]] = {
     "kv_heads": [{"n_kv_heads": n} for n in (8, 4, 2, 1)],
     "heads": [{"n_heads": n, "n_kv_heads": n} for n in (1, 2, 4, 8, 16)],
-    "width": [{"d_model": n} for n in (16, 32, 64, 128)],
-    "blocks": [{"n_blocks": n} for n in (1, 2, 3, 4)],
+    "width": [{"d_model": n} for n in (16, 32, 64, 128)], "blocks": [{"n_blocks": n} for n in (1, 2, 3, 4)],
     "position": [{"position": position, "readout": "mean"} for position in CHOICES["position"]],
     "steps": [{"steps": n} for n in (100, 300, 1000)],
-    "tokens": [{"tokens": tokens} for tokens in CHOICES["tokens"]],
-    "readout": [{"readout": readout} for readout in CHOICES["readout"]],
+    **{name: [{name: value} for value in CHOICES[name]] for name in ("tokens", "readout")},
 }
 # runs of `faults` that are compared with each other: what becomes of the softmax as heads grow wider?
 ONE_HEAD = {"n_heads": 1, "n_kv_heads": 1, "dropout": 0.0, "padding": 0, "steps": 150}
@@ -468,8 +465,8 @@ def decode(model: AttentionClassifier, x: Tensor) -> Tensor:
 
 
 @metrics.inference
-def changed(model: AttentionClassifier, data: Data, other: Callable[[Tensor], Tensor]) -> float:
-    """Share (%) of 500 validation images that `other`, which gives logits too, names otherwise than the model."""
+def changed(model: AttentionClassifier, data: Data, other) -> float:
+    """Share (%) of 500 validation images that `other`, a function to logits too, names otherwise than the model."""
     images = data.val.images[::10]
     return 100 * (model(images).argmax(1) != other(images).argmax(1)).double().mean().item()
 
@@ -525,10 +522,13 @@ def demo(config: Config, data: Data, data_dir: Path, repeats: int) -> dict[str, 
             w, row = weights[0, h, t], {"experiment": "demo", "variant": name, "head": h, "query": t}
             row |= {"weights": metrics.digits(w), "row_error": abs(w.sum().item() - 1)}
             rows.append(row | {key: values[0, h, t].item() for key, values in entropies.items()})
-        for g, keys in enumerate(layer.W_k.weight.split(layer.d_head)):
-            keys += torch.randn_like(keys)  # disturb one key head: which query heads' weights change?
-            before, weights = weights, layer(x)[1]
-            for h, change in enumerate((weights - before).abs().amax((0, 2, 3)).tolist()):
+        layer.W_o = nn.Identity()  # what the heads give, side by side
+        given = layer(x)[0]
+        for g in range(G):
+            for W in (layer.W_k, layer.W_v):  # disturb one key/value head: which query heads change?
+                W.weight.unflatten(0, (G, -1))[g] += torch.randn(layer.d_head, D)
+            before, given = given, layer(x)[0]
+            for h, change in enumerate((given - before).unflatten(2, (H, -1)).abs().amax((0, 1, 3)).tolist()):
                 links.append({"experiment": "demo", "variant": name, "kv_head": g, "query_head": h, "change": change})
     return {"demo": rows, "sharing": links}
 
