@@ -359,7 +359,7 @@ def execute(run: Run, data: Data, bar: tqdm) -> dict[str, list[dict]]:
 
 
 def layer_gradients(config: Config, data: Data) -> list[float]:
-    """Norm of the loss's gradient by each layer's weights, before the first update, on 1,000 images."""
+    """Norm of the loss's gradient with respect to each layer's weights, before the first update, on 1,000 images."""
     model = build(config, data.train.images.device)
     cross_entropy(model(data.train.images[:1000]), data.train.labels[:1000]).backward()
     return [layer.weight.grad.norm().item() for layer in model.layers]

@@ -514,7 +514,7 @@ def execute(run: Run, data: Data, bar: tqdm) -> dict[str, list[dict]]:
 
 
 def state_gradients(model: RecurrentClassifier, config: Config, data: Data) -> list[float]:
-    """Norm of the loss's gradient by the state after each of T steps, on 500 validation images."""
+    """Norm of the loss's gradient with respect to the state after each of T steps, on 500 validation images."""
     x, state, states = sequences(data.val.images[::10], config)[0], None, []
     for step in x.split(1, 1):  # one at a time, so that each state is a tensor of its own
         _, state = model.recurrent(step, state=state)
@@ -541,10 +541,10 @@ ACCURACY = ("validation accuracy (%)", lambda model, history, *_: 100 * history[
 EXPLODING = {"cell": "rnn_relu", "init": "large", "optimizer": "sgd", "lr": 0.1}
 PADDED = {"cell": "gru", "init": "orthogonal", "crop": True, "padding": 28}
 FAULTS = {
-    "vanishing gradient": Fault("the first rows teach nothing", "at the start, gradient by the first state / the last",
+    "vanishing gradient": Fault("the first rows teach nothing", "∂ loss / ∂ state: first step / last, at the start",
         lambda _, __, c, data: (g := state_gradients(build(c, data.val.labels.device), c, data))[0] / g[-1],
         LAST | {"cell": "rnn", "init": "default"}, "ReLU, identity", LAST | {"cell": "rnn_relu", "init": "identity"}),
-    "exploding gradient": Fault("W_hh doubles what passes, 28 times: no number is left", *ACCURACY,
+    "exploding gradient": Fault("W_hh doubles what passes: updates throw the weights away", *ACCURACY,
         EXPLODING | {"clip": 0.0}, "gradient norm clipped at 1", EXPLODING | {"clip": 1.0}),
     "last output of padded sequences": Fault("read after the padding, which wipes the state", *ACCURACY,
         PADDED, "lengths given: the state after the last true step", PADDED | {"lengths": True}),
@@ -584,7 +584,7 @@ def plot(figures: Path) -> list[Path]:
     album.lines("memory", memory, "cell", "padding", "val_accuracy", "validation accuracy (%)", scale=100)
     album.faults()
     gradients = metrics.group(metrics.read_rows(figures / "gradients.csv"), "when")
-    album.lines("state_gradients", gradients, "value", "step", "grad_norm", "norm of the loss's gradient by the state")
+    album.lines("state_gradients", gradients, "value", "step", "grad_norm", "norm of ∂ loss / ∂ state")
     album.benchmark()
     return album.close()
 

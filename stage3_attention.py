@@ -447,7 +447,7 @@ def attention_maps(model: AttentionClassifier, split: Split) -> list[dict]:
 
 
 def softmax_state(model: AttentionClassifier, data: Data) -> dict[str, float]:
-    """Mean entropy (nats) of the last block's weights, norm of the loss's gradient by all W_q and W_k; 500 images."""
+    """Of 500 images: mean entropy (nats) of the last block's weights, norm of ∂ loss / ∂ (all W_q and W_k)."""
     states, weights = model.states(*tokens_of(data.val.images[::10], model.config))
     W = [W.weight for block in model.blocks for W in (block.attention.W_q, block.attention.W_k)]
     grads = torch.autograd.grad(F.cross_entropy(model.read(states), data.val.labels[::10]), W)
