@@ -23,6 +23,7 @@ import csv
 import dataclasses
 import datetime
 import functools
+import hashlib
 import itertools
 import json
 import math
@@ -163,12 +164,11 @@ def _ratio(matrix, parts, average, zero_division):
     ratio = torch.where(denominator > 0, numerator.double() / denominator, float(zero_division))
     if average is None:
         return ratio
-    support = matrix.sum(1).double() if average == "weighted" else torch.ones_like(ratio)
-    known = ~ratio.isnan()
-    if not known.any():
-        return math.nan
-    ratio, support = ratio[known], support[known]
-    return (ratio.mean() if support.sum() == 0 else (ratio * support).sum() / support.sum()).item()
+    if average == "weighted":
+        support = matrix.sum(1) * ~ratio.isnan()
+        if support.sum() > 0:
+            return ((ratio.nan_to_num() * support).sum() / support.sum()).item()
+    return ratio.nanmean().item()
 
 
 def scores(matrix) -> dict[str, float]:
@@ -181,15 +181,8 @@ def scores(matrix) -> dict[str, float]:
     }
 
 
-def cells(matrix) -> list[dict]:
-    """The confusion matrix as rows: {true, predicted, count}."""
-    return [
-        {"true": t, "predicted": p, "count": int(count)} for (t, p), count in np.ndenumerate(_matrix(matrix).numpy())
-    ]
-
-
 def status(history: list[dict]) -> str:
-    """ "diverged" if the last losses of a run are not finite, else "ok"."""
+    """Whether a run's last losses are finite: "ok" or "diverged"."""
     return "ok" if all(math.isfinite(history[-1][loss]) for loss in ("train_loss", "val_loss")) else "diverged"
 
 
@@ -230,15 +223,11 @@ def written_aside(path: Path):
 def claimed(folder: Path):
     """Make the folder, and keep other jobs' hands off it until the block ends: OSError if one is at work there."""
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
     try:
-        lock.acquire(timeout=0)
+        with FileLock(folder.parent / f".{folder.name}.lock", timeout=0):
+            yield
     except Timeout:
         raise OSError(f"another job is at work in {folder}: wait for its end, or name another --figures-dir") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -268,23 +257,22 @@ class Journal:
     """
 
     def __init__(self, folder: Path, job: str, environment: dict, resume: bool = False, rank: int = 0):
-        self.folder, self.environment, self.job = Path(folder), environment, job
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.path = self.folder / f"{job}.{f'{rank}.' if rank else ''}unfinished.jsonl"
-        self.records: dict[str, dict] = {}
+        self.folder, self.environment, self.job = folder, environment, job
+        self.path = folder / f"{job}.{f'{rank}.' if rank else ''}unfinished.jsonl"
+        self.records = self._finished() if resume else {}
         self.used: dict[str, None] = {}  # the keys this job asked for, in its order
-        files = self._files()
         if rank:
-            self.records = self._finished() if resume else {}
             return
-        if files and resume:
+        files = self._files()
+        if resume and files:
             self.merge()
         elif resume:
             print(f"no unfinished {job} in {folder}: it starts from the beginning", file=sys.stderr)
-        for file in files if not resume else ():
-            aside = next(p for n in itertools.count(1) if not (p := Path(f"{file}.{n}.bak")).exists())
-            os.replace(file, aside)
-            print(f"an unfinished {job} is set aside as {aside}; it would have gone on with --resume", file=sys.stderr)
+        else:
+            for file in files:
+                aside = next(p for n in itertools.count(1) if not (p := Path(f"{file}.{n}.bak")).exists())
+                os.replace(file, aside)
+                print(f"unfinished {job} set aside as {aside}; it would have gone on with --resume", file=sys.stderr)
 
     def _files(self) -> list[Path]:
         return sorted(self.folder.glob(f"{self.job}.*unfinished.jsonl"))
@@ -298,20 +286,20 @@ class Journal:
         """Take over what all processes have finished, into this one's file; nothing is asked for yet."""
         others = [file for file in self._files() if file != self.path]
         self.records, self.used = self._finished(), {}
-        self._write([self._line(name) for name in self.records])
+        self._write(self.records)
         for file in others:
             file.unlink()
 
-    def _write(self, lines: list[str]) -> None:
+    def _write(self, names: Iterable[str]) -> None:
         with written_aside(self.path) as aside:
-            aside.write_text("".join(lines), encoding="utf-8")
+            aside.write_text("".join(map(self._line, names)), encoding="utf-8")
 
     def _line(self, name: str) -> str:
         return json.dumps({"key": name, "tables": self.records[name]}) + "\n"
 
     def run(self, key: dict, work) -> dict[str, list[dict]]:
         """The tables of the run that `key` names: from the journal if it is there, else from `work()`."""
-        made_by = {part: self.environment.get(part) for part in ("commit", "torch", "device", "threads")}
+        made_by = {part: self.environment.get(part) for part in ("code", "torch", "device", "threads")}
         name = json.dumps(key | made_by, sort_keys=True)
         if name not in self.records:
             self.records[name] = work()
@@ -339,7 +327,7 @@ class Journal:
             known = json.loads(jobs.read_text(encoding="utf-8")) if jobs.exists() else {}
             text = json.dumps(known | dict.fromkeys(sorted(replaced), self.environment), indent=2, ensure_ascii=False)
             renames.enter_context(written_aside(jobs)).write_text(text + "\n", encoding="utf-8")
-        left = [self._line(name) for name in self.records if name not in self.used]
+        left = [name for name in self.records if name not in self.used]
         if left:
             self._write(left)
         else:
@@ -349,22 +337,23 @@ class Journal:
 
 def environment(command: str, device: torch.device) -> dict:
     """What a run's numbers depend on besides its Config: versions, device, threads, commit, command."""
-    versions = {}
-    for package in ("torch", "torchvision", "numpy", "matplotlib"):
-        versions[package] = str(getattr(sys.modules.get(package), "__version__", "not loaded"))
+    packages = ("torch", "torchvision", "numpy", "matplotlib")
+    versions = {name: str(getattr(sys.modules.get(name), "__version__", "not loaded")) for name in packages}
 
     def git(*words):
-        done = subprocess.run(["git", *words], cwd=HERE, capture_output=True, text=True, check=False)
-        return done.stdout.strip() if done.returncode == 0 else "no git repository"
+        return subprocess.run(["git", *words], cwd=HERE, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        commit = git("rev-parse", "--short", "HEAD") + ("-dirty" if git("status", "--porcelain", "--", "*.py") else "")
-    except OSError:
-        commit = "no git"
+        commit = git("rev-parse", "--short", "HEAD") + (
+            "-dirty" if git("status", "--porcelain", "--", ":(glob)*.py") else ""
+        )
+    except (OSError, subprocess.CalledProcessError):
+        commit = "no git repository"
     cuda = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
         "command": command,
         "commit": commit,
+        "code": hashlib.sha256(b"".join(path.read_bytes() for path in sorted(HERE.glob("*.py")))).hexdigest()[:12],
         "python": platform.python_version(),
         **versions,
         "device": cuda or f"{device.type}, {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores",
@@ -396,7 +385,7 @@ class Mean(NamedTuple):
 def mean(values) -> Mean:
     """Mean ± sample standard deviation (n - 1) of numbers or their texts."""
     values = [float(v or math.nan) if isinstance(v, str) else float(v) for v in values]
-    if not all(map(math.isfinite, values)):
+    if not values or not all(map(math.isfinite, values)):
         return Mean(math.nan, math.nan, len(values))
     return Mean(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan, len(values))
 
@@ -434,40 +423,42 @@ def markdown(header: list[str], rows: list[list]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
+SCORES = {"accuracy": "accuracy %", "macro_precision": "macro precision %", "macro_recall": "macro recall %"}
+SCORES |= {"macro_f1": "macro F1 %", "loss": "loss"}  # columns of saved rows, and how tables head them
+
+
+def scored(rows: list[dict], prefix: str = "") -> list[str]:
+    """The cells under SCORES, mean ± std over the rows; prefix "val_" for the validation metrics."""
+    means = {name: mean(row[prefix + name] for row in rows) for name in SCORES}
+    return [m.text(".4f") if name == "loss" else m.percent() for name, m in means.items()]
+
+
 def sweep_table(rows: list[dict], axis: str) -> str:
     """One line a value of the sweep: the validation metrics in % (mean ± std over seeds), loss, size and time."""
-    header = [axis, "accuracy %", "macro precision %", "macro recall %", "macro F1 %", "loss"]
     sizes = [column for column in ("parameters", "cache_bytes") if column in rows[0]]
-    header += [*(column.replace("_", " ") for column in sizes), "seconds", "n", "diverged"]
+    header = [axis, *SCORES.values(), *(column.replace("_", " ") for column in sizes), "seconds", "n", "diverged"]
     lines = []
     for value, runs in group(rows, "value").items():
-        line = [value]
-        for name in ("accuracy", "macro_precision", "macro_recall", "macro_f1"):
-            line.append(mean(r[f"val_{name}"] for r in runs).percent())
-        line += [mean(r["val_loss"] for r in runs).text(".4f"), *(f"{int(runs[0][column]):,}" for column in sizes)]
-        line += [f"{statistics.median(float(r['seconds']) for r in runs):.1f}", len(runs)]
-        line.append(sum(r["status"] == "diverged" for r in runs))
-        lines.append(line)
+        seconds = statistics.median(float(r["seconds"]) for r in runs)
+        lines.append([value, *scored(runs, "val_"), *(f"{int(runs[0][column]):,}" for column in sizes)])
+        lines[-1] += [f"{seconds:.1f}", len(runs), sum(r["status"] == "diverged" for r in runs)]
     return markdown(header, lines)
 
 
 def finding(rows: list[dict], axis: str) -> str:
     """What a sweep shows, in a sentence made from its own numbers."""
-    points = {value: mean(r["val_accuracy"] for r in runs) for value, runs in group(rows, "value").items()}
-    best, worst = max(points, key=lambda v: points[v].mean), min(points, key=lambda v: points[v].mean)
+    values = group(rows, "value")
+    points = {value: mean(r["val_accuracy"] for r in runs) for value, runs in values.items()}
+    best, worst = (pick(points, key=lambda value: points[value].mean) for pick in (max, min))
     top, low = points[best], points[worst]
     text = f"Best at {axis} = {best} ({top.percent()} %), worst at {worst} ({low.percent()} %)"
-    if top.n > 1:
-        # a difference of less than two of its standard errors may well be chance
-        alike = [
-            v
-            for v, p in points.items()
-            if v != best and top.mean - p.mean <= 2 * math.sqrt((top.std**2 + p.std**2) / top.n)
-        ]
+    if top.n > 1:  # a difference of less than two of its standard errors may well be chance
+        chance = {value: 2 * math.sqrt((top.std**2 + p.std**2) / top.n) for value, p in points.items()}
+        alike = [value for value, p in points.items() if value != best and top.mean - p.mean <= chance[value]]
         text += f"; within two standard errors of the best: {', '.join(alike) or 'no other'}"
     else:
         text += "; of one seed, so small differences may be chance"
-    diverged = [value for value, runs in group(rows, "value").items() if any(r["status"] == "diverged" for r in runs)]
+    diverged = [value for value, runs in values.items() if any(r["status"] == "diverged" for r in runs)]
     return text + (f"; diverged at {', '.join(diverged)}." if diverged else ".")
 
 
@@ -591,9 +582,8 @@ def plot_confusion(path: Path, matrix, class_names, title: str) -> None:
     matrix = _matrix(matrix).numpy()
     share = 100 * matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     long = max(map(len, map(str, class_names))) > 3
-    with picture(
-        path, (1, 1), title, height=7.0, width=8.0, left=1.3 if long else 0.8, bottom=1.0 if long else 0.6
-    ) as axes:
+    room = {"left": 1.3, "bottom": 1.0} if long else {}
+    with picture(path, (1, 1), title, width=8.0, height=7.0, **room) as axes:
         norm = matplotlib.colors.LogNorm(vmin=0.05, vmax=100)
         image = axes.imshow(np.maximum(share, 0.05), cmap="Blues", norm=norm)
         for (row, column), count in np.ndenumerate(matrix):
@@ -627,14 +617,9 @@ class Album:
         cells = group(read_rows(self.folder / "confusion.csv"), "experiment")
         if not tests:
             return
-        columns = ("accuracy", "macro_precision", "macro_recall", "macro_f1")
-        lines = []
-        for name, rows in tests.items():
-            loss = mean(r["loss"] for r in rows).text(".4f")
-            lines.append([name, *(mean(r[c] for r in rows).percent() for c in columns), loss, len(rows)])
-        header = ["test images", *(f"{name.replace('_', ' ')} %" for name in columns), "loss", "n"]
-        self.text += ["", "## Test images: the selected models, scored at the end of their runs", ""]
-        self.text.append(markdown(header, lines))
+        lines = [[name, *scored(rows), len(rows)] for name, rows in tests.items()]
+        title = "Test images: the selected models, scored at the end of their runs"
+        self.section(title, markdown(["test images", *SCORES.values(), "n"], lines))
         for name, rows in tests.items():
             matrix = torch.zeros(len(class_names), len(class_names), dtype=torch.int64)
             for cell in cells[name]:
@@ -673,7 +658,7 @@ class Album:
             entropies = [mean(row[column] for row in rows).mean for column in ("entropy", "unscaled")]
             off = max(float(row["row_error"]) for row in rows)
             lines.append([name, *(f"{entropy:.3f}" for entropy in entropies), f"{off:.0e}"])
-            weights[name] = {f"head {h}": matrix(found, "weights") for h, found in group(rows, "head").items()}
+            weights[name] = {f"head {h}": numbers(found, "weights") for h, found in group(rows, "head").items()}
         header = [
             "variant",
             "entropy, scores over √d (nats)",
@@ -701,7 +686,15 @@ class Album:
             apart = mean(100 * float(r["accuracy"]) - own[r["seed"]] for r in rows if r["seed"] in own)
             run = self.runs[name][0]
             sizes = [run["n_kv_heads"], *(f"{int(run[column]):,}" for column in ("parameters", "cache_bytes"))]
-            lines.append([name, mean(r["accuracy"] for r in rows).percent(), apart.text("+.2f"), apart.n, *sizes])
+            lines.append(
+                [
+                    name,
+                    mean(r["accuracy"] for r in rows).percent(),
+                    apart.text("+.2f") if apart.n else "–",
+                    apart.n,
+                    *sizes,
+                ]
+            )
         header = ["test images", "accuracy %", f"points above {first}, seed by seed", "n", "key/value heads"]
         table = markdown([*header, "parameters", "cache bytes of an image"], lines)
         self.section("What sharing keys and values costs and saves", table)
@@ -712,8 +705,8 @@ class Album:
             grid = {}
             for found in group(next(iter(group(rows, "seed").values())), "image").values():
                 heads = group(found, "head")
-                image = {class_names[int(found[0]["true"])]: matrix(heads["0"], "token")}
-                grid[f"image {len(grid)}"] = image | {f"head {h}": matrix(w, "weights") for h, w in heads.items()}
+                image = {class_names[int(found[0]["true"])]: numbers(heads["0"], "token")}
+                grid[f"image {len(grid)}"] = image | {f"head {h}": numbers(w, "weights") for h, w in heads.items()}
             title = f"{self.subject}, {name}: what the last block's queries (rows) attend to (columns)"
             self.add(f"maps_{name}", plot_maps, grid, title)
 
@@ -730,26 +723,22 @@ class Album:
         rows = read_rows(self.folder / "decode.csv")
         if not rows:
             return
-        lines, ours, few, whole = [], [], [], []
-        for found in group([row | {"of": row["S"] + row["G"]} for row in rows], "of").values():
-            S, G = found[0]["S"], found[0]["G"]
-            seconds = {r["name"]: float(r["seconds"]) for r in found}
-            ratios = [f"{other / seconds['ours']:.2f}" for name, other in seconds.items() if name != "ours"]
-            times = [f"{1000 * s:.3g}" for s in seconds.values()]
-            lines.append([S, G, f"{int(found[0]['cache_bytes']):,}", *times, *ratios])
-            ours += [{"series": f"{G} key/value heads", "tokens": S, "ms": 1000 * seconds["ours"]}]
-            few += [{"series": name, "tokens": S, "ms": 1000 * s} for name, s in seconds.items() if G == "4"]
-        names = list(seconds)
+        whole = [r for r in read_rows(self.folder / "benchmark.csv") if r["group"].startswith("tokens/s")]
+        rows = [r | {"tokens": r["S"], "ms": 1000 * float(r["seconds"])} for r in rows]
+        whole = [r | {"tokens": r["group"].split()[1], "ms": 1000 * float(r["seconds"])} for r in whole]
+        names, lines = list(group(rows, "name")), []
+        for at in group([r | {"at": (r["S"], r["G"])} for r in rows], "at").values():
+            ms = {r["name"]: r["ms"] for r in at}
+            ratios = [f"{ms[name] / ms['ours']:.2f}" for name in names if name != "ours"]
+            lines.append([at[0]["S"], at[0]["G"], f"{int(at[0]['cache_bytes']):,}", *(f"{t:.3g}" for t in ms.values())])
+            lines[-1] += ratios
         header = ["cached tokens", "key/value heads", "cache bytes", *(f"{name}, ms" for name in names)]
         table = markdown([*header, *(f"{name} / ours" for name in names if name != "ours")], lines)
         self.section(f"Decoding on {rows[0]['device']}: one token attends to the cached ones", table)
-        for row in read_rows(self.folder / "benchmark.csv"):
-            if row["group"].startswith("tokens/s"):
-                whole += [
-                    {"series": row["name"], "tokens": row["group"].split()[1], "ms": 1000 * float(row["seconds"])}
-                ]
+        ours = [r | {"name": f"{r['G']} key/value heads"} for r in rows if r["name"] == "ours"]
+        few = [r for r in rows if r["G"] == "4"]
         panels = {"ours, one token": ours, "4 key/value heads, one token": few, "a whole sequence": whole}
-        self.lines("decode", panels, "series", "tokens", "ms", "milliseconds", log_x=True)
+        self.lines("decode", panels, "name", "tokens", "ms", "milliseconds", log_x=True)
 
     def faults(self) -> None:
         """What was provoked and mended: the table, and the losses of each pair of runs."""
@@ -762,11 +751,10 @@ class Album:
             broken, mended = (mean(r["number"] for r in variants[v]).text(".3g") for v in ("broken", "mended"))
             n, diverged = len(variants["broken"]), sum(r["status"] == "diverged" for r in variants["broken"])
             broken += f" ({diverged} of {n} diverged)" if diverged else ""
-            words = {column: rows[0][column] for column in ("symptom", "measured", "remedy")}
-            lines.append([name, words["symptom"], words["measured"], broken, words["remedy"], mended, n])
+            lines.append([name, rows[0]["symptom"], rows[0]["measured"], broken, rows[0]["remedy"], mended, n])
         header = ["fault", "symptom", "measured", "broken", "remedy", "mended", "n"]
-        self.text += ["", "## Faults: provoked, measured, mended", "", markdown(header, lines), ""]
-        self.text += ["Solid: the loss that is minimised. Dashed: the validation images' cross-entropy, of the logits."]
+        note = "Solid: the loss that is minimised. Dashed: the validation images' cross-entropy, of the logits."
+        self.section("Faults: provoked, measured, mended", markdown(header, lines), note)
         self.add("faults", plot_faults, self.history["faults"], list(faults))
 
     def lines(self, name: str, panels: dict[str, list[dict]], *what, **how) -> None:
@@ -781,10 +769,9 @@ class Album:
         if rows:
             numbers = ("seconds", "rate", "ratio")
             lines = [[r["group"], r["name"], *(f"{float(r[c]):.3g}" for c in numbers)] for r in rows]
-            device, repeats = rows[0]["device"], rows[0]["repeats"]
-            self.text += ["", f"## Benchmark on {device}: medians of {repeats} interleaved repeats"]
-            self.text += ["", markdown(["rate in", "of", *numbers], lines)]
-            self.text += ["", "The ratio is that of the rate to the first of its kind."]
+            title = "Benchmark on {device}: medians of {repeats} interleaved repeats".format(**rows[0])
+            note = "The ratio is that of the rate to the first of its kind."
+            self.section(title, markdown(["rate in", "of", *numbers], lines), note)
             self.add("benchmark", plot_bars, rows, f"{self.subject}: speed")
 
     def close(self) -> list[Path]:
@@ -833,11 +820,11 @@ def plot_bars(path: Path, rows: list[dict], title: str) -> None:
 
 
 def plot_lines(
-    path: Path, panels: dict[str, list[dict]], series: str, x: str, y: str, ylabel="", scale=0.0, log_x=False
+    path: Path, panels: dict[str, list[dict]], series: str, x: str, y: str, ylabel="", percent=False, log_x=False
 ) -> None:
     """A panel for each title's rows: the mean of column y over column x, one line for each value of column `series`.
 
-    On a logarithmic y axis, or times `scale` on a linear one.
+    On a logarithmic y axis, or in percent on a linear one.
     """
     columns = len(panels) if len(panels) < 4 else 2
     height = -(-len(panels) // columns)
@@ -846,19 +833,19 @@ def plot_lines(
             for i, (name, found) in enumerate(group(rows, series).items()):
                 points = {int(at): mean(r[y] for r in runs).mean for at, runs in group(found, x).items()}
                 color = COLORS[{"broken": 1, "mended": 0}.get(name, i)]
-                values = [(scale or 1) * value for value in points.values()]
+                values = [(100 if percent else 1) * value for value in points.values()]
                 panel.plot(list(points), values, color=color, marker=MARKERS[i], markersize=4, label=name)
             panel.set(title=title, xlabel=x.replace("_", " "), ylabel=ylabel)
             if log_x:
                 panel.set_xscale("log")
                 panel.set_xticks(list(points), list(points))
                 panel.xaxis.set_minor_locator(NullLocator())
-            if not scale:
+            if not percent:
                 log_y(panel)
             panel.legend(fontsize=9)
 
 
-def matrix(rows: list[dict], column: str) -> np.ndarray:
+def numbers(rows: list[dict], column: str) -> np.ndarray:
     """A column of rows of numbers, as `digits` writes them."""
     return np.array([[float(number) for number in row[column].split()] for row in rows])
 
@@ -904,7 +891,7 @@ def plot_reading(path: Path, rows: list[dict], class_names, title: str) -> None:
     with picture(path, (2, 8), title, width=16.0, height=8.5, left=0.6, bottom=1.0, top=0.8) as axes:
         for (pixels, probabilities), steps in zip(axes.reshape(8, 2), images.values(), strict=False):
             # 28 pixels wide, also where a step is two rows
-            image = matrix(steps, "pixels").reshape(-1, 28)
+            image = numbers(steps, "pixels").reshape(-1, 28)
             shares = [[float(step[f"p{c}"]) for c in range(len(class_names))] for step in steps]  # T × C
             ends = (len(steps) + 0.5, 0.5)  # steps count from 1, downwards
             pixels.imshow(image, cmap="gray", aspect="auto", extent=(-0.5, 27.5, *ends))
@@ -1011,11 +998,6 @@ def training_steps(forward: Callable, model: torch.nn.Module, labels: torch.Tens
     return work
 
 
-def entropy(weights: torch.Tensor) -> torch.Tensor:
-    """Of distributions (…, S), in nats: log S where all S weigh the same, 0 where one has it all."""
-    return torch.special.entr(weights).sum(-1)
-
-
 def map_rows(tokens: torch.Tensor, weights: torch.Tensor, labels: torch.Tensor) -> list[dict]:
     """Attention weights (B, H, T, S) of tokens (B, T, F) as rows for a table: a row for each image, head and query."""
     rows = []
@@ -1028,18 +1010,6 @@ def map_rows(tokens: torch.Tensor, weights: torch.Tensor, labels: torch.Tensor) 
 def digits(values: torch.Tensor) -> str:
     """Numbers (N,) as one text for a table."""
     return " ".join(f"{value:.3f}" for value in values.tolist())
-
-
-def report_works() -> dict[tuple[str, str], tuple[float, object]]:
-    """For `interleaved`: the full report of a million predictions, against scikit-learn's confusion matrix alone."""
-    from sklearn.metrics import confusion_matrix as theirs
-
-    predicted, target = np.random.default_rng(0).integers(0, 10, (2, 1_000_000))
-    group = "reports/s, a million predictions"
-    return {
-        (group, "scikit-learn's matrix"): (1, lambda: theirs(target, predicted)),
-        (group, "our matrix and report"): (1, lambda: report(confusion_matrix(predicted, target, 10))),
-    }
 
 
 def check_config(config, choices: dict[str, list[str]], limits: dict[str, tuple[float, float]]) -> None:
@@ -1105,10 +1075,10 @@ def plan(stage, job: str, small: dict, given: dict, only: list[str], n_seeds: in
     """
     changes, seeds = stage.JOBS[job]
     base = stage.Config(**(changes | small | given))
-    smaller = {field: getattr(base, field) for field in small}  # also where a sweep or fault says otherwise
+    smaller = {field: getattr(base, field) for field in small}  # also where a fault or probe says otherwise
     if job == "sweep":
-        found = [(name, c) for name in only for c in stage.SWEEPS[name][: 2 if small else None]]
-        runs = [(name, label(change, stage.SWEEPS[name]), change) for name, change in found]
+        few = 2 if small else None  # values of each sweep
+        runs = [(name, label(c, stage.SWEEPS[name]), c) for name in only for c in stage.SWEEPS[name][:few]]
     elif job == "faults":
         variants = ("broken", "mended")
         runs = [(job, f"{name}: {v}", getattr(f, v) | smaller) for name, f in stage.FAULTS.items() for v in variants]
@@ -1116,8 +1086,7 @@ def plan(stage, job: str, small: dict, given: dict, only: list[str], n_seeds: in
     else:
         runs = [(stage.SELECTED[job], "", {})]
     seeds = range(base.seed, base.seed + (n_seeds or min(seeds, most)))
-    configs = [(experiment, value, dataclasses.replace(base, **change)) for experiment, value, change in runs]
-    return [Run(e, value, dataclasses.replace(config, seed=seed)) for e, value, config in configs for seed in seeds]
+    return [Run(e, value, dataclasses.replace(base, **c, seed=seed)) for e, value, c in runs for seed in seeds]
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
@@ -1174,12 +1143,10 @@ def augmented(images: torch.Tensor, flip: bool, shift: int) -> torch.Tensor:
     if flip:
         images = torch.where(torch.rand(B, 1, 1, device=device) < 0.5, images.flip(2), images)
     if shift:
-        wide = images.new_empty(B, 28 + 2 * shift, 28 + 2 * shift)
-        wide[:] = images.amin()
+        wide = images.amin().repeat(B, 28 + 2 * shift, 28 + 2 * shift)
         wide[:, shift:-shift, shift:-shift] = images
-        down, right = torch.randint(2 * shift + 1, (2, B, 1), device=device) + torch.arange(
-            28, device=device
-        )  # (B, 28)
+        moved = torch.randint(2 * shift + 1, (2, B, 1), device=device)
+        down, right = moved + torch.arange(28, device=device)  # (B, 28) each
         images = wide[torch.arange(B, device=device)[:, None, None], down[:, :, None], right[:, None, :]]
     return images
 
@@ -1193,9 +1160,7 @@ def history_row(config, step: int, train_loss: float, val: dict, grad_norm: torc
 
 def tables_of(run: Run, model: torch.nn.Module, history: list[dict], val: dict, device: torch.device) -> dict:
     """A finished run's rows for the tables that every run has, runs and history; val as a stage's `evaluate` gives."""
-    fields = {
-        k: " ".join(map(str, v)) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(run.config).items()
-    }
+    fields = {k: " ".join(map(str, v)) if isinstance(v, tuple) else v for k, v in vars(run.config).items()}
     row = run.name | fields | {"device": device.type, "threads": torch.get_num_threads(), "status": status(history)}
     row |= {f"val_{key}": score for key, score in val.items() if key != "confusion"}
     row |= {"seconds": history[-1]["seconds"], "parameters": sum(p.numel() for p in model.parameters())}
@@ -1205,10 +1170,9 @@ def tables_of(run: Run, model: torch.nn.Module, history: list[dict], val: dict, 
 def test_tables(run: Run, test: dict) -> dict:
     """The rows of a selected model's test scores, as a stage's `evaluate` gives them: test_metrics and confusion."""
     numbers = {key: score for key, score in test.items() if key != "confusion"}
-    return {
-        "confusion": [run.name | cell for cell in cells(test["confusion"])],
-        "test_metrics": [{"experiment": run.experiment, "seed": run.config.seed} | numbers],
-    }
+    counts = np.ndenumerate(test["confusion"].tolist())
+    cells = [run.name | {"true": t, "predicted": p, "count": int(n)} for (t, p), n in counts]
+    return {"confusion": cells, "test_metrics": [{"experiment": run.experiment, "seed": run.config.seed} | numbers]}
 
 
 def fault_tables(run: Run, faults: dict[str, Fault], model, history: list[dict], data: Data) -> dict:
@@ -1225,9 +1189,9 @@ def sweep(stage, runs: list[Run], load: Callable, journal: Journal, quiet: bool)
     """Every run through the stage's `execute`, its rows into the journal as it ends; runs found there are skipped."""
     with tqdm(total=sum(run.config.n_steps for run in runs), unit="step", disable=quiet or None) as bar:
         for i, run in enumerate(runs, 1):
-            data, begun = load(run.config), bar.n
-            key = {"experiment": run.experiment, "value": run.value, **dataclasses.asdict(run.config)}
-            tables = journal.run(key, lambda run=run, data=data: stage.execute(run, data, bar))
+            begun = bar.n
+            work = functools.partial(stage.execute, run, load(run.config), bar)
+            tables = journal.run(run.name | vars(run.config), work)
             bar.update(run.config.n_steps - (bar.n - begun))  # all of them, even where it diverged or was found
             if not quiet:
                 row = tables["runs"][0]
@@ -1243,7 +1207,8 @@ def team() -> tuple[int, int]:
     rank, n = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if n > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=30))
-        torch.set_num_threads(max(1, os.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"])))  # torchrun would leave one
+        if os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's own choice where the user made none
+            torch.set_num_threads(max(1, os.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"])))
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     return rank, n
@@ -1290,10 +1255,7 @@ def parse_command_line(stage, works: Iterable[str], argv: list[str] | None) -> t
     args = parser.parse_args(argv)
     given = {f.name: getattr(args, f.name) for f in fields if hasattr(args, f.name)}
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    try:
-        stage.Config(**given)
-    except ValueError as error:
-        parser.error(str(error))
+    args.refuse = parser.error
     if "epochs" in given:
         given.setdefault("steps", 0)  # a job's own number of steps gives way to the user's epochs
     if args.only and args.what not in ("all", "sweep"):
@@ -1317,15 +1279,6 @@ def parse_command_line(stage, works: Iterable[str], argv: list[str] | None) -> t
     return args, given
 
 
-def interrupted(args: argparse.Namespace) -> int:
-    """Say what is saved after Ctrl-C, and how to go on; the exit status."""
-    how = args.command + ("" if args.resume else " --resume")
-    if not any(args.figures.glob("*.unfinished.jsonl")):  # every row is published, only pictures are missing
-        how = shlex.join(["python", args.script, "plot", "--figures-dir", str(args.figures.parent)])
-    print(f"interrupted; what has ended is saved in {args.figures}, go on with: {how}", file=sys.stderr)
-    return 130
-
-
 def run_stage(stage, works: dict[str, Callable], argv: list[str] | None) -> int:
     """A stage's command line, the same in the three: parse, train, publish the rows, draw; gives the exit status.
 
@@ -1337,36 +1290,37 @@ def run_stage(stage, works: dict[str, Callable], argv: list[str] | None) -> int:
     rank, n_processes = team()
     meet = torch.distributed.barrier if n_processes > 1 else lambda: None
     if n_processes > 1:
-        torch.distributed.broadcast_object_list(shared := [args.figures])
-        args.figures, args.quiet = shared[0], args.quiet or rank > 0
+        torch.distributed.broadcast_object_list(shared := [args.figures, args.command])
+        (args.figures, args.command), args.quiet = shared, args.quiet or rank > 0
     device, small = torch.device(args.device), stage.SMOKE if args.smoke else {}
     most = 2 if args.smoke else 3 if args.what == "all" else math.inf  # seeds
     skipped = stage.LONG if args.what == "all" else ()  # but a smoke run leaves out no training
     jobs = [job for job in stage.JOBS if args.what in ("all", job) and (args.smoke or job not in skipped)]
     works = {job: work for job, work in works.items() if args.what in ("all", job) and job not in skipped}
-    if args.what == "all" and not (args.smoke or args.quiet):
-        print(
-            f"all but {' and '.join(stage.LONG)}: about {stage.MINUTES} minutes on 2 CPU cores, {most} seeds, 1 a sweep"
-        )
+    if args.what == "all" and not (args.smoke or args.quiet or given or args.seeds):
+        left_out, minutes = " and ".join(stage.LONG), stage.MINUTES
+        print(f"all but {left_out}: about {minutes} minutes on 2 CPU cores, with {most} seeds and 1 a sweep")
 
-    @functools.cache
-    def load_as(**how):
-        data = stage.load_data(stage.Config(**how), device, args.data_dir)
-        return data._replace(val=Split(*(part[::10] for part in data.val))) if args.smoke else data
+    loaded: dict[object, Data] = {}
 
-    def load(config):  # only this changes what is loaded
-        return load_as(**{"normalise": config.normalise} if hasattr(config, "normalise") else {})
+    def load(config):
+        how = getattr(config, "normalise", None)  # only this changes what is loaded
+        if how not in loaded:
+            data = stage.load_data(config, device, args.data_dir)
+            loaded[how] = data._replace(val=Split(*(part[::10] for part in data.val))) if args.smoke else data
+        return loaded[how]
 
     try:
         runs = [run for job in jobs for run in plan(stage, job, small, given, args.only, args.seeds, most)]
-    except ValueError as error:  # flags that are good each by itself, but not in one of this job's runs
-        print(f"{Path(stage.__file__).name}: {error}", file=sys.stderr)
-        return 2
+        config = stage.Config(**(small | given)) if works or not runs else None
+    except ValueError as error:
+        args.refuse(str(error))
+    published, saved = args.what == "plot", []
     try:
-        if args.what != "plot":
-            load(stage.Config())  # what is wrong with the data is said before anything is trained
+        if not published:
             if rank > 0:
-                meet()
+                meet()  # the first has unpacked the data and opened the journal
+            load(stage.Config())  # what is wrong with the data is said before anything is trained
             with claimed(args.figures) if rank == 0 else contextlib.nullcontext():
                 journal = Journal(args.figures, args.what, environment(args.command, device), args.resume, rank)
                 if rank == 0:
@@ -1378,17 +1332,22 @@ def run_stage(stage, works: dict[str, Callable], argv: list[str] | None) -> int:
                 if n_processes > 1:
                     journal.merge()
                     sweep(stage, runs, load, journal, quiet=True)  # finds them all, and puts them into their order
-                config, repeats = stage.Config(**(small | given)), 1 if args.smoke else stage.REPEATS
                 for name, work in works.items():
+                    repeats = 1 if args.smoke else stage.REPEATS
                     measure = functools.partial(work, config, load(config), args.data_dir, repeats)
                     journal.run({name: str(config)}, measure)
-                journal.publish()
+                saved = journal.publish()
+            published = True
         paths = stage.plot(args.figures)
     except KeyboardInterrupt:
-        return interrupted(args)
-    except (DataError, OSError) as error:
-        print(f"{Path(stage.__file__).name}: {error}", file=sys.stderr)
+        how = args.command + ("" if args.resume else " --resume")
+        if published:  # only pictures are missing
+            how = shlex.join(["python", args.script, "plot", "--figures-dir", str(args.figures.parent)])
+        print(f"interrupted; what has ended is saved in {args.figures}, go on with: {how}", file=sys.stderr)
+        return 130
+    except (DataError, OSError, subprocess.SubprocessError) as error:
+        print(f"{args.script}: {error}", file=sys.stderr)
         return 1
     print((args.figures / "summary.md").read_text(encoding="utf-8"))
-    print(*(f"wrote {path}" for path in paths), sep="\n")
+    print(*(f"wrote {path}" for path in [*saved, *paths]), sep="\n")
     return 0

@@ -17,6 +17,7 @@ Axis letters in shape comments: B batch, C classes, N images, P = 784 pixels of 
 import functools
 import itertools
 import math
+import os
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -419,10 +421,11 @@ def dataloader_epoch(config: Config, images: torch.utils.data.Dataset, device: t
 
 
 def benchmark(config: Config, data: Data, data_dir: Path, repeats: int) -> dict[str, list[dict]]:
-    """An epoch of ours against the DataLoader's; training against the machine's own matrix products: GFLOP/s.
+    """An epoch against the DataLoader's; a training step against its products; a report against scikit-learn's matrix.
 
     Of a training step only the matrix products count: forward, gradients of the weights, and of the hidden layers.
     """
+    from sklearn.metrics import confusion_matrix as theirs
     from torchvision import datasets, transforms
 
     device = data.train.images.device
@@ -447,7 +450,11 @@ def benchmark(config: Config, data: Data, data_dir: Path, repeats: int) -> dict[
         works[group, "1024 × 1024 product"] = (10 * 1.024**3, lambda: [square @ square for _ in range(5)])
         works[group, "a step's products"] = (gflop, lambda p=pairs: [x @ y for _ in range(n_steps) for x, y in p])
         works[group, "a training step"] = (gflop, functools.partial(train, steps, few))
-    return {"benchmark": metrics.interleaved(works | metrics.report_works(), repeats, device)}
+    predicted, target = np.random.default_rng(0).integers(0, 10, (2, 1_000_000))
+    group = "reports/s, a million predictions"
+    works[group, "scikit-learn's matrix"] = (1, lambda: theirs(target, predicted))
+    works[group, "our matrix and report"] = (1, lambda: metrics.report(metrics.confusion_matrix(predicted, target, 10)))
+    return {"benchmark": metrics.interleaved(works, repeats, device)}
 
 
 def scale_out(config: Config, data: Data, data_dir: Path, repeats: int) -> dict[str, list[dict]]:
@@ -459,10 +466,10 @@ def scale_out(config: Config, data: Data, data_dir: Path, repeats: int) -> dict[
     with tempfile.TemporaryDirectory() as folder:
         job = [__file__, "sweep", "--quiet", "--only", *names, "--steps", str(config.steps or 600)]
         job += ["--device", device.type, "--data-dir", str(data_dir), "--figures-dir", folder]
+        own = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}  # no team's
         for name, launcher in launchers.items():
-            start = functools.partial(
-                subprocess.run, [sys.executable, *launcher, *job], check=True, capture_output=True
-            )
+            command = [sys.executable, *launcher, *job]
+            start = functools.partial(subprocess.run, command, check=True, stdout=subprocess.DEVNULL, env=own)
             works["runs/min, from start to pictures", name] = (60 * sum(len(SWEEPS[name]) for name in names), start)
         rows = metrics.interleaved(works, repeats, device)
     return {"benchmark": [row | {"experiment": "scale_out"} for row in rows]}

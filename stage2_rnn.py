@@ -581,7 +581,7 @@ def plot(figures: Path) -> list[Path]:
     album.reading(CLASSES)
     album.sweeps(AXES)
     memory = {"who remembers the image?": album.runs.get("memory", [])}
-    album.lines("memory", memory, "cell", "padding", "val_accuracy", "validation accuracy (%)", scale=100)
+    album.lines("memory", memory, "cell", "padding", "val_accuracy", "validation accuracy (%)", percent=True)
     album.faults()
     gradients = metrics.group(metrics.read_rows(figures / "gradients.csv"), "when")
     album.lines("state_gradients", gradients, "value", "step", "grad_norm", "norm of ∂ loss / ∂ state")

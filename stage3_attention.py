@@ -452,7 +452,7 @@ def softmax_state(model: AttentionClassifier, data: Data) -> dict[str, float]:
     W = [W.weight for block in model.blocks for W in (block.attention.W_q, block.attention.W_k)]
     grads = torch.autograd.grad(F.cross_entropy(model.read(states), data.val.labels[::10]), W)
     return {
-        "entropy (nats)": metrics.entropy(weights).mean().item(),
+        "entropy (nats)": torch.special.entr(weights).sum(-1).mean().item(),
         "gradient norm": nn.utils.get_total_norm(grads).item(),
     }
 
@@ -517,7 +517,7 @@ def demo(config: Config, data: Data, data_dir: Path, repeats: int) -> dict[str, 
             nn.init.normal_(W.weight, std=D**-0.5)  # numbers of variance 1 in q and k: products of variance d
         weights, layer.factor = layer(x)[1], math.sqrt(layer.d_head)  # over √d, and then as they are
         sharp, layer.factor = layer(x)[1], 1.0
-        entropies = {"entropy": metrics.entropy(weights), "unscaled": metrics.entropy(sharp)}  # (1, H, 6) each
+        entropies = {k: torch.special.entr(w).sum(-1) for k, w in (("entropy", weights), ("unscaled", sharp))}
         for h, t in itertools.product(range(H), range(6)):
             w, row = weights[0, h, t], {"experiment": "demo", "variant": name, "head": h, "query": t}
             row |= {"weights": metrics.digits(w), "row_error": abs(w.sum().item() - 1)}

@@ -421,6 +421,36 @@ def test_a_bad_flag_is_one_line_and_exit_2(stage, capsys):
         assert error.count("\n") == 1
 
 
+def test_flags_that_do_not_fit_each_other_are_one_line_and_those_that_do_are_taken(capsys):
+    stage = importlib.import_module("stage3_attention")
+    for command in (["benchmark", "--n-heads", "32"], ["plot", "--n-heads", "7"], ["mqa", "--n-heads", "7"]):
+        with pytest.raises(SystemExit) as stopped:
+            stage.main([*command, "--smoke"])
+        assert stopped.value.code == 2
+        error = capsys.readouterr().err
+        assert f"n_heads={command[2]}" in error
+        assert error.count("\n") == 1
+    _, given = metrics.parse_command_line(stage, [], ["gqa4", "--n-heads", "12"])  # 12 is no multiple of train's 8
+    (run,) = metrics.plan(stage, "gqa4", {}, given, [], 1)
+    assert (run.config.n_heads, run.config.n_kv_heads) == (12, 4)
+
+
+def test_ctrl_c_says_how_to_go_on_wherever_it_comes(stage, tmp_path, monkeypatch, capsys):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    command = ["benchmark", "--smoke", "--quiet", "--figures-dir", str(tmp_path)]
+    script = f"{stage.__name__}.py"
+    with monkeypatch.context() as patched:
+        patched.setattr(stage, "load_data", stop)  # before anything is saved
+        assert stage.main(command) == 130
+    assert capsys.readouterr().err.endswith(f"go on with: python {script} {' '.join(command)} --resume\n")
+    with monkeypatch.context() as patched:
+        patched.setattr(stage, "plot", stop)  # when all is saved
+        assert stage.main(command) == 130
+    assert capsys.readouterr().err.endswith(f"go on with: python {script} plot --figures-dir {tmp_path}\n")
+
+
 def test_the_users_epochs_win_over_a_jobs_steps(stage):
     args, given = metrics.parse_command_line(stage, ["benchmark"], ["sweep", "--epochs", "2"])
     runs = metrics.plan(stage, "sweep", {}, given, [TWO_SWEEPS[stage.__name__][1]], None)

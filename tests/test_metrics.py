@@ -160,7 +160,7 @@ def test_report_holds_every_number():
 
 # ---- rows ----
 
-HERE = {"commit": "abc", "torch": "2", "device": "cpu", "threads": 2}
+HERE = {"code": "abc", "torch": "2", "device": "cpu", "threads": 2}
 
 
 def run_of(experiment, seed, accuracy=0.5):
@@ -226,7 +226,7 @@ def test_runs_that_a_resumed_job_does_not_ask_for_stay_in_the_journal(tmp_path):
     assert not last.path.exists()
 
 
-@pytest.mark.parametrize("part", ["commit", "torch", "device", "threads"])
+@pytest.mark.parametrize("part", ["code", "torch", "device", "threads"])
 def test_rows_of_another_code_or_machine_are_not_taken_up(tmp_path, part):
     metrics.Journal(tmp_path, "train", HERE).run({"seed": 0}, lambda: run_of("baseline", 0, 0.1))
     again = metrics.Journal(tmp_path, "train", HERE | {part: "other"}, resume=True)
