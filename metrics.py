@@ -550,7 +550,8 @@ def plot_sweep(path: Path, rows: list[dict], history: list[dict], title: str, ax
     values = group(rows, "value")
     n_seeds = len(group(rows, "seed"))
     long = sum(map(len, values)) > 40
-    with picture(path, (1, 2), f"{title} (mean ± std, n = {n_seeds})", bottom=1.2 if long else 0.6) as (left, right):
+    room = {"bottom": 1.2 if long else 0.6, "top": 0.8}
+    with picture(path, (1, 2), f"{title} (mean ± std, n = {n_seeds})", **room) as (left, right):
         positions = np.arange(len(values))
         series = (("accuracy", "100 − accuracy", -0.08), ("macro_f1", "100 − macro F1", 0.08))
         for (column, label, shift), marker in zip(series, MARKERS, strict=False):
@@ -562,7 +563,7 @@ def plot_sweep(path: Path, rows: list[dict], history: list[dict], title: str, ax
         left.set_xticks(positions, names, fontsize=8.5 if len(names) < 8 else 7)
         left.set(xlabel=axis, ylabel="validation error (%)")
         log_y(left)
-        left.legend()
+        left.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)  # above, where no point can be
         curves = group(history, "value")
         colors = matplotlib.colormaps["viridis"](np.linspace(0, 0.92, len(curves)))
         for i, (value, runs) in enumerate(curves.items()):
