@@ -127,7 +127,7 @@ JOBS: dict[str, tuple[dict, int]] = {
     "faults": ({"steps": 500, "n_logs": 20, "weight_decay": 0.0, "label_smoothing": 0.0}, 1),
 }
 SELECTED = {"train": "baseline", "deformed": "deformed"}  # jobs whose models are scored on the test images, and as what
-LONG, MINUTES, REPEATS = ["deformed", "scale_out"], 6, 3  # what `all` leaves out, its minutes, repeats of works
+LONG, MINUTES, REPEATS = ["deformed", "scale_out"], 3, 3  # what `all` leaves out, its minutes, repeats of works
 SMOKE = {"hidden": (16, 12), "n_train": 640, "steps": 6, "n_logs": 2}
 
 
@@ -461,8 +461,8 @@ def scale_out(config: Config, data: Data, data_dir: Path, repeats: int) -> dict[
     """The same sweep by one process with every thread, and by torchrun's processes, one for each thread or GPU."""
     device = data.train.images.device
     n = torch.cuda.device_count() if device.type == "cuda" else torch.get_num_threads()
-    launchers = {"one process": (), f"{n} processes": ("-m", "torch.distributed.run", "--standalone", f"--nproc={n}")}
-    names, works = ("depth", "width"), {}
+    torchrun = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}")
+    launchers, names, works = {"one process": (), f"{n} processes": torchrun}, ("depth", "width"), {}
     with tempfile.TemporaryDirectory() as folder:
         job = [__file__, "sweep", "--quiet", "--only", *names, "--steps", str(config.steps or 600)]
         job += ["--device", device.type, "--data-dir", str(data_dir), "--figures-dir", folder]

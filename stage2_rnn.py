@@ -121,7 +121,7 @@ JOBS: dict[str, tuple[dict, int]] = {
     "faults": ({"reading": "rows", "n_hidden": 64, "steps": 200, "n_logs": 10}, 1),
 }
 SELECTED = {"train": "rnn", "gru": "gru", "lstm": "lstm"}  # jobs whose models see the test images, and as what
-LONG, MINUTES, REPEATS = ["gru", "lstm"], 15, 5  # jobs that `all` leaves out, its minutes, repeats of the benchmark
+LONG, MINUTES, REPEATS = ["gru", "lstm"], 12, 5  # jobs that `all` leaves out, its minutes, repeats of the benchmark
 SMOKE = {"n_hidden": 8, "n_train": 640, "batch_size": 128, "steps": 2, "n_logs": 2}
 
 

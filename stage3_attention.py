@@ -113,7 +113,7 @@ JOBS: dict[str, tuple[dict, int]] = {
     **dict.fromkeys(("sweep", "faults"), ({"d_model": 64, "batch_size": 128, "steps": 300, "n_logs": 6}, 1)),
 }
 SELECTED = {"train": "mha", "gqa4": "gqa4", "gqa2": "gqa2", "mqa": "mqa"}  # jobs that see the test images, and as what
-LONG, MINUTES, REPEATS = ["gqa4", "gqa2", "mqa"], 20, 5  # jobs that `all` leaves out, its minutes, repeats of works
+LONG, MINUTES, REPEATS = ["gqa4", "gqa2", "mqa"], 13, 5  # jobs that `all` leaves out, its minutes, repeats of works
 SMOKE = {"d_model": 16, "n_train": 640, "batch_size": 128, "steps": 2, "n_logs": 2}
 
 
