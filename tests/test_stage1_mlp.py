@@ -265,6 +265,9 @@ def test_the_speeds_in_the_prose_are_those_of_the_committed_rows(quoted_rows):
     assert f"{ratio['images/s', 'ours']:.1f} times as fast as through `ToTensor`" in readme
     report = ratio["reports/s, a million predictions", "our matrix and report"]
     assert f"{report:.1f} times as fast as scikit-learn's confusion matrix" in readme
+    one, several = quoted_rows("stage1", "benchmark", "scale_out")[0]
+    assert f"{float(one['rate']):.3g} runs a minute in one process" in readme
+    assert f"{float(several['rate']):.3g} in two processes" in readme
     for batch_size in (128, 512, 2048):
         share = ratio[f"GFLOP/s, batch {batch_size}", "a training step"]
         assert f"{share:.2f} at batch {batch_size}" in readme
