@@ -1308,7 +1308,7 @@ def run_stage(stage, works: dict[str, Callable], argv: list[str] | None) -> int:
         how = getattr(config, "normalise", None)  # only this changes what is loaded
         if how not in loaded:
             data = stage.load_data(config, device, args.data_dir)
-            loaded[how] = data._replace(val=Split(*(part[::10] for part in data.val))) if args.smoke else data
+            loaded[how] = data._replace(val=Split(*(part[::20] for part in data.val))) if args.smoke else data
         return loaded[how]
 
     try:

@@ -154,6 +154,15 @@ def test_public_names_and_signatures_are_the_same(stage):
     assert list(stage.AXES) == [*stage.SWEEPS, *stage.PROBES]
 
 
+def test_the_update_reads_the_same_line_for_line_in_the_three():
+    stages = [importlib.import_module(name) for name in NAMES]
+    updates = {inspect.getsource(stage.train).partition("optimizer.zero_grad()")[2] for stage in stages}
+    (update,) = updates
+    order = ["loss.backward()", "clip_grad_norm_", "optimizer.step()", "schedule.step()", "evaluate(model, data.val)"]
+    places = [update.index(words) for words in order]
+    assert places == sorted(places)
+
+
 def test_data_is_the_whole_set_split_by_class(stage, data):
     assert [len(split.labels) for split in data] == [55_000, 5_000, 10_000]
     name = SETS[stage.__name__][0]
