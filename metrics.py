@@ -1294,7 +1294,7 @@ def run_stage(stage, works: dict[str, Callable], argv: list[str] | None) -> int:
         torch.distributed.broadcast_object_list(shared := [args.figures, args.command])
         (args.figures, args.command), args.quiet = shared, args.quiet or rank > 0
     device, small = torch.device(args.device), stage.SMOKE if args.smoke else {}
-    most = 2 if args.smoke else 3 if args.what == "all" else math.inf  # seeds
+    most = 1 if args.smoke else 3 if args.what == "all" else math.inf  # seeds
     skipped = stage.LONG if args.what == "all" else ()  # but a smoke run leaves out no training
     jobs = [job for job in stage.JOBS if args.what in ("all", job) and (args.smoke or job not in skipped)]
     works = {job: work for job, work in works.items() if args.what in ("all", job) and job not in skipped}
