@@ -10,8 +10,9 @@ The three stages share this one module. Its first section is arithmetic: everyth
     accuracy 准确率 = (TP + TN) / (TP + TN + FP + FN) for two classes; for C classes the share of the diagonal
     F1值 = 2 · precision · recall / (precision + recall) = 2 TP / (2 TP + FP + FN)
 
-The other sections are what the stages need around that. They keep the rows of finished runs safe, draw tables and
-pictures from saved rows alone, read data sets, run jobs, time works against each other, and parse the command line.
+Who judges the metrics needs no more than that section. The others are what the stages need around it: they keep the
+rows of finished runs safe, draw tables and pictures from saved rows alone, read data sets, run jobs, time works against
+each other, and parse the command line.
 
     1. Arithmetic   2. Rows   3. Tables   4. Pictures   5. Jobs
 """
@@ -344,9 +345,8 @@ def environment(command: str, device: torch.device) -> dict:
         return subprocess.run(["git", *words], cwd=HERE, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        commit = git("rev-parse", "--short", "HEAD") + (
-            "-dirty" if git("status", "--porcelain", "--", ":(glob)*.py") else ""
-        )
+        changed = git("status", "--porcelain", "--", ":(glob)*.py")
+        commit = git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         commit = "no git repository"
     cuda = torch.cuda.get_device_name(device) if device.type == "cuda" else None
@@ -1224,7 +1224,8 @@ def parse_command_line(stage, works: Iterable[str], argv: list[str] | None) -> t
     """The command line that the stages share, whose WHAT is a job or a work: its flags, and the Config fields given.
 
     Every field of the stage's Config is a flag: its type that of its default, a tuple any number of whole numbers. A
-    flag or value that is off, or that Config refuses with a ValueError, is one line on stderr and exit status 2.
+    flag or value that is off is one line on stderr and exit status 2; so is what the caller hands to args.refuse, once
+    it knows which Configs the flags make.
     """
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a console without Chinese letters still shows the rest

@@ -270,7 +270,7 @@ class GroupedQueryAttention(nn.Module):
             raise ValueError(f"{self.position} positions compare places in one sequence: there can be no other context")
         T, S = x.shape[1], c.shape[1] + start
         if cache is not None and mask is not None:  # one that does not fit is refused before the cache takes x up
-            with_mask(x.new_zeros(len(x), self.n_heads, T, S), mask)
+            with_mask(torch.empty(len(x), self.n_heads, T, S, device="meta"), mask.to("meta"))  # shapes alone
         q = self.W_q(x).unflatten(2, (self.n_heads, -1)).transpose(1, 2) * self.factor  # (B, H, T, d)
         k, v = (W(c).unflatten(2, (self.n_kv_heads, -1)).transpose(1, 2) for W in (self.W_k, self.W_v))  # (B, G, S, d)
         if self.position == "rotary":
@@ -312,7 +312,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, mask=None, causal=False, cache=None) -> tuple[Tensor, Tensor]:
         out, weights = self.attention(self.norm_1(x), mask=mask, causal=causal, cache=cache)
-        every = torch.ones_like(x[:, :1])  # (B, 1, D): to draw T times as many takes a quarter of a step on a CPU
+        every = torch.ones_like(x[:, :1])  # (B, 1, D): T times fewer numbers to draw, which a CPU does one by one
         x = x + out * self.dropout(every)
         return x + self.mlp(self.norm_2(x)) * self.dropout(every), weights
 
