@@ -94,14 +94,11 @@ LAST = {"bidirectional": False, "readout": "last"}  # where gradients are follow
 # fmt: off
 SWEEPS: dict[str, list[dict]] = {
     "cell": [{"cell": cell, "init": init} for cell, init in SUITED.items()],
-    "hidden": [{"n_hidden": n} for n in (16, 32, 64, 128, 256)],
-    "layers": [{"n_layers": n} for n in (1, 2, 3)],
-    "direction": [{"bidirectional": both} for both in (False, True)],
-    "steps": [{"steps": n} for n in (100, 300, 1000, 3000)],
+    "hidden": [{"n_hidden": n} for n in (16, 32, 64, 128, 256)], "layers": [{"n_layers": n} for n in (1, 2, 3)],
+    "direction": [{"bidirectional": b} for b in (False, True)], "steps": [{"steps": n} for n in (100, 300, 1000, 3000)],
     "lr": [{"lr": lr, "clip": clip} for lr in (3e-4, 1e-3, 3e-3, 1e-2) for clip in (0.0, 1.0)],
     "init": [{"cell": cell, "init": init} for cell in ("rnn", "rnn_relu") for init in CHOICES["init"][:3]],
-    "reading": [{"reading": reading} for reading in CHOICES["reading"]],
-    "readout": [{"readout": readout} for readout in CHOICES["readout"]],
+    "reading": [{"reading": r} for r in CHOICES["reading"]], "readout": [{"readout": r} for r in CHOICES["readout"]],
 }
 # runs of `faults` that are compared with each other: who remembers the image that many empty steps after it?
 PROBES = {"memory": [{"cell": c, "init": i, "padding": n} | LAST for c, i in SUITED.items() for n in (0, 28, 112, 448)]}
@@ -170,9 +167,8 @@ sigmoid_backward, tanh_backward = torch.ops.aten.sigmoid_backward, torch.ops.ate
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a bᵀ: (M, K), (N, K) -> (M, N); on the CPU by oneDNN, which uses an AMD's AVX-512; torch's default does not."""
-    if ONEDNN is not None and a.device.type == "cpu" and a.dtype == torch.float32:
-        return ONEDNN(a, b, None, "none", [], "")
-    return a @ b.mT
+    fast = ONEDNN is not None and a.device.type == "cpu" and a.dtype == torch.float32
+    return ONEDNN(a, b, None, "none", [], "") if fast else a @ b.mT
 
 
 def tanh_(x: Tensor) -> Tensor:
@@ -183,10 +179,10 @@ def tanh_(x: Tensor) -> Tensor:
 class Cell(nn.Module):
     """What the cells share. forward(x, state): x (B, n_in), state (B, n_hidden) or None, zeros -> the next state.
 
-    Two nn.Linear hold the weights, Scan applies them: an RNNCell's next state is act(self.W_xh(x) + self.W_hh(h)).
-    Inside, a column is a sequence, so that W @ h reads as in the equations and a gate is one block of memory.
-    step(p, W, b, old, new): turns p = W_xh x + b (G·H, B) into the gates, fills `new`, returns what `back` also needs.
-    back(grad, p, kept, old, new, d, W_back): from grad = ∂L/∂new fills d = ∂L/∂p, returns ∂L/∂(W_hh h) and ∂L/∂old.
+    Two nn.Linear hold the weights; Scan applies them. In it a column is a sequence, as in the equations.
+    matrix(): W (R, H + F + 1), both layers and their biases in one: p = W [h; x; 1] is all that a step needs.
+    step(p, old, new): makes p (R, B) the gates, fills the next state `new`, returns what `back` needs besides states.
+    back(grad, old, new, d, …): from grad = ∂L/∂new fills d = ∂L/∂p, returns what of ∂L/∂old does not pass W.
     """
 
     n_gates, n_parts, recurrent_bias = 1, 1, False  # n_parts: an LSTM's state is a pair
@@ -206,8 +202,7 @@ class Cell(nn.Module):
 
     def scan(self, x: Tensor, state, valid: Tensor | None = None) -> tuple[Tensor, ...]:
         """All steps: x (T, F, B), each part of the state (B, H) -> outputs (T, H, B), each part of the last (B, H)."""
-        weights = (self.W_xh.weight, self.W_xh.bias, self.W_hh.weight, self.W_hh.bias)
-        outputs, *last = Scan.apply(self, x, valid, *weights, *(part.mT for part in state))
+        outputs, *last = Scan.apply(self, x, valid, self.matrix(), *(part.mT for part in state))
         return outputs, *(part.mT for part in last)
 
     def parts(self, state, shape: tuple[int, ...], x: Tensor) -> tuple[Tensor, ...]:
@@ -217,6 +212,9 @@ class Cell(nn.Module):
         if (shapes := [tuple(part.shape) for part in parts]) != [shape] * self.n_parts:
             raise ValueError(f"a state of {self.n_parts} × {shape} expected, not of shapes {shapes}")
         return parts
+
+    def matrix(self) -> Tensor:
+        return torch.cat([self.W_hh.weight, self.W_xh.weight, self.W_xh.bias[:, None]], 1)
 
 
 class RNNCell(Cell):
@@ -228,13 +226,13 @@ class RNNCell(Cell):
             raise ValueError(f"activation must be tanh or relu, not {activation!r}")
         self.act = tanh_ if activation == "tanh" else torch.relu_
 
-    def step(self, p, W, b, old, new):
-        self.act(torch.add(p, product(W, old[0].mT), out=new[0]))
+    def step(self, p, old, new):
+        self.act(new[0].copy_(p))
+        return ()
 
-    def back(self, grad, p, kept, old, new, d, W_back):
-        slope = 1 - new[0] ** 2 if self.act is tanh_ else new[0] > 0
-        torch.mul(grad[0], slope, out=d)
-        return d, [product(W_back, d.mT)]
+    def back(self, grad, old, new, d):
+        torch.mul(grad[0], 1 - new[0] ** 2 if self.act is tanh_ else new[0] > 0, out=d)
+        return [None]
 
 
 class GRUCell(Cell):
@@ -248,24 +246,29 @@ class GRUCell(Cell):
 
     n_gates, recurrent_bias = 3, True
 
-    def step(self, p, W, b, old, new):
-        (h,), two = old, 2 * len(old[0])  # r and z
-        q = product(W, h.mT).add_(b[:, None])
-        r, z = p[:two].add_(q[:two]).sigmoid_().chunk(2)
-        q_n = q[two:].clone()  # and the rest of q can go
-        torch.lerp(tanh_(p[two:].addcmul_(r, q_n)), h, z, out=new[0])
-        return q_n
+    def matrix(self):
+        """Rows r, z, W_hn h + b_hn, W_xn x + b_n: the reset gate keeps the last two apart."""
+        h, x, two = self.W_hh, self.W_xh, 2 * self.W_hh.in_features
+        r_z, q_n = torch.cat([h.weight, x.weight], 1)[:two], torch.block_diag(h.weight[two:], x.weight[two:])
+        b = torch.cat([h.bias[:two] + x.bias[:two], h.bias[two:], x.bias[two:]])
+        return torch.cat([torch.cat([r_z, q_n]), b[:, None]], 1)
 
-    def back(self, grad, p, q_n, old, new, d, W_back):
+    def step(self, p, old, new):
+        q_n, n = p[len(p) // 2 :].chunk(2)
+        r, z = p[: len(p) // 2].sigmoid_().chunk(2)
+        torch.lerp(tanh_(n.addcmul_(r, q_n)), old[0], z, out=new[0])
+        return (p,)
+
+    def back(self, grad, old, new, d, p):
         (grad,), (h,), two = grad, old, 2 * len(old[0])
-        (r, z, n), (d_r, d_z, d_n) = p.chunk(3), d.chunk(3)
+        (r, z, q_n, n), (d_r, d_z, d_q, d_n) = p.chunk(4), d.chunk(4)
         direct = grad * z
         tanh_backward.grad_input(grad - direct, n, grad_input=d_n)
+        torch.mul(d_n, r, out=d_q)
         torch.mul(d_n, q_n, out=d_r)
         torch.mul(grad, h - n, out=d_z)
         sigmoid_backward.grad_input(d[:two], p[:two], grad_input=d[:two])
-        d_q = torch.cat([d[:two], d_n * r])
-        return d_q, [direct.add_(product(W_back, d_q.mT))]
+        return [direct]
 
 
 class LSTMCell(Cell):
@@ -279,69 +282,68 @@ class LSTMCell(Cell):
 
     n_gates, n_parts = 4, 2
 
-    def step(self, p, W, b, old, new):
-        (h, c), (h_new, c_new) = old, new
-        i, f, g, o = p.add_(product(W, h.mT)).chunk(4)
-        g.mul_(2.0)  # tanh(g) = 2σ(2g) − 1: one call serves all gates
-        p.sigmoid_()
+    def step(self, p, old, new):
+        p.chunk(4)[2].mul_(2.0)  # tanh(g) = 2σ(2g) − 1: one call serves all gates
+        i, f, g, o = p.sigmoid_().chunk(4)
         g.mul_(2.0).sub_(1.0)
-        tanh_c = tanh_(torch.mul(f, c, out=c_new).addcmul_(i, g).clone())
-        torch.mul(o, tanh_c, out=h_new)
-        return tanh_c
+        tanh_c = tanh_(torch.mul(f, old[1], out=new[1]).addcmul_(i, g).clone())
+        torch.mul(o, tanh_c, out=new[0])
+        return p, tanh_c
 
-    def back(self, grad, p, tanh_c, old, new, d, W_back):
-        (grad_h, grad_c), c, two = grad, old[1], 2 * len(old[0])
+    def back(self, grad, old, new, d, p, tanh_c):
+        (grad_h, grad_c), two = grad, 2 * len(tanh_c)
         (i, f, g, o), (d_i, d_f, d_g, d_o) = p.chunk(4), d.chunk(4)
         grad_c = tanh_backward(grad_h * o, tanh_c).add_(grad_c)
         torch.mul(grad_c, g, out=d_i)
-        torch.mul(grad_c, c, out=d_f)
+        torch.mul(grad_c, old[1], out=d_f)
         sigmoid_backward.grad_input(d[:two], p[:two], grad_input=d[:two])
         tanh_backward.grad_input(grad_c * i, g, grad_input=d_g)
         sigmoid_backward.grad_input(grad_h * tanh_c, o, grad_input=d_o)
-        return d, [product(W_back, d.mT), grad_c.mul_(f)]
+        return [None, grad_c.mul_(f)]
 
 
 class Scan(torch.autograd.Function):
     """A cell over all steps, and back-propagation through time (BPTT, 随时间反向传播; Werbos 1990) by hand.
 
-    Gates are computed where their inputs were; the inputs' products are one before the loop, their gradients one after.
+    A step is one product, W [h; x; 1], and two on the way back, and what lies between stays in the CPU's cache.
     Where valid (T, 1, B) is False, past its end, a sequence's state and gradient stand. First derivatives only.
     """
 
     @staticmethod
-    def forward(ctx, cell, x, valid, W_xh, b_xh, W_hh, b_hh, *state):
-        gates = torch.baddbmm(b_xh[:, None], W_xh.expand(len(x), -1, -1), x)  # (T, G·H, B)
-        states = [torch.cat([part[None], part.new_empty(len(x), *part.shape)]) for part in state]  # (T + 1, H, B)
+    def forward(ctx, cell, x, valid, W, *state):
+        (T, n_in, B), H = x.shape, len(state[0])
+        z = x.new_empty(T + 1, H + n_in + 1, B)  # [h; x; 1] of each step, and the state after the last
+        z[0, :H], z[:T, H:-1], z[:, -1] = state[0], x, 1
+        states = [z[:, :H], *(torch.cat([part[None], part.new_empty(T, *part.shape)]) for part in state[1:])]
         at, kept = list(zip(*states, strict=True)), []  # at[t]: the state before step t
-        for t, p in enumerate(gates):
-            kept.append(cell.step(p, W_hh, b_hh, at[t], at[t + 1]))
+        for t in range(T):
+            kept.append(cell.step(product(W, z[t].mT), at[t], at[t + 1]))
             for old, new in zip(at[t], at[t + 1], strict=True) if valid is not None else ():
                 torch.where(valid[t], new, old, out=new)
         ctx.cell, ctx.kept = cell, kept
-        ctx.save_for_backward(x, valid, W_xh, W_hh, b_hh, gates, *states)
+        ctx.save_for_backward(valid, W, z, *states)
         ctx.set_materialize_grads(False)  # what the loss does not use has no gradient, rather than one of zeros
         return states[0][1:], *(part[-1].clone() for part in states)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_outputs, *grad):
-        x, valid, W_xh, W_hh, b_hh, gates, *states = ctx.saved_tensors
-        at, W_back = list(zip(*states, strict=True)), W_hh.mT.contiguous()
+        valid, W, z, *states = ctx.saved_tensors
+        at, H = list(zip(*states, strict=True)), states[0].shape[1]
         grad = [torch.zeros_like(part[0]) if g is None else g for g, part in zip(grad, states, strict=True)]
-        d, dW_hh, db_hh = torch.empty_like(gates), torch.zeros_like(W_hh), W_hh.new_zeros(len(W_hh))
-        for t in reversed(range(len(x))):
-            if grad_outputs is not None:
-                grad[0] = grad[0] + grad_outputs[t]
+        W_back = W[:, : -1 if ctx.needs_input_grad[1] else H].mT.contiguous()  # h's columns, and x's if they are wanted
+        d, dx, dW = W.new_empty(len(W), z.shape[2]), torch.empty_like(z[1:, H : len(W_back)]), torch.zeros_like(W)
+        for t in reversed(range(len(dx))):
+            grad[0] = grad[0] if grad_outputs is None else grad[0] + grad_outputs[t]
+            direct, *rest = ctx.cell.back(grad, at[t], at[t + 1], d, *ctx.kept[t])
             if valid is not None:
-                after, grad = grad, [g.masked_fill(~valid[t], 0) for g in grad]
-            d_q, grad = ctx.cell.back(grad, gates[t], ctx.kept[t], at[t], at[t + 1], d[t], W_back)
-            if valid is not None:
-                grad = [g + a.masked_fill(valid[t], 0) for g, a in zip(grad, after, strict=True)]
-            dW_hh += product(d_q, at[t][0])
-            if b_hh is not None:
-                db_hh += d_q.sum(1)
-        dx = W_xh.mT @ d if ctx.needs_input_grad[1] else None  # (T, F, B)
-        return None, dx, None, (d @ x.mT).sum(0), d.sum((0, 2)), dW_hh, None if b_hh is None else db_hh, *grad
+                d.mul_(valid[t])
+            dz = product(W_back, d.mT)
+            dx[t] = dz[H:]
+            dW += product(d, z[t])
+            new = [dz[:H] if direct is None else direct.add_(dz[:H]), *rest]
+            grad = new if valid is None else [torch.where(valid[t], *pair) for pair in zip(new, grad, strict=True)]
+        return None, dx if ctx.needs_input_grad[1] else None, None, dW, *grad
 
 
 class Recurrent(nn.Module):
@@ -396,10 +398,8 @@ class RecurrentClassifier(nn.Module):
     forward(x, lengths): sequences (B, T, n_in), their lengths as for Recurrent -> logits (B, n_classes).
     """
 
-    def __init__(
-        self, cell="rnn", n_in=28, n_hidden=128, n_layers=1, n_classes=10, bidirectional=False, readout="last",
-        dropout=0.0,
-    ):  # fmt: skip
+    def __init__(self, cell="rnn", n_in=28, n_hidden=128, n_layers=1, n_classes=10, bidirectional=False,
+                 readout="last", dropout=0.0):  # fmt: skip
         super().__init__()
         if readout not in CHOICES["readout"]:
             raise ValueError(f"readout must be one of {', '.join(CHOICES['readout'])}, not {readout!r}")
@@ -561,9 +561,9 @@ def benchmark(config: Config, data: Data, data_dir: Path, repeats: int) -> dict[
         x, y = data.train.images[:B], data.train.labels[:B]
         ours = RecurrentClassifier(cell, 28, H).to(device)
         theirs = nn.ModuleList([getattr(nn, cell.upper())(28, H, batch_first=True), nn.Linear(H, 10)]).to(device)
-        W_hh, W_xh = ours.recurrent.cells[0].W_hh.weight.detach(), ours.recurrent.cells[0].W_xh.weight.detach()
-        h, d, s = (torch.randn(size, B, device=device) for size in (H, len(W_hh), 28))
-        pairs = [(W_hh, h.mT), (W_xh, s.mT), (W_hh.mT, d.mT), (d, h), (d, s)]  # to the gates and back
+        W, z = ours.recurrent.cells[0].matrix().detach(), torch.randn(H + 28 + 1, B, device=device)
+        W_back, d = W[:, :H].mT.contiguous(), torch.randn(len(W), B, device=device)
+        pairs = [(W, z.mT), (W_back, d.mT), (d, z)]  # to the gates, back to the state, to the weights
         group, timed = f"steps/s, {cell}, hidden {H}, batch {B}", metrics.training_steps
         works[group, f"nn.{cell.upper()}"] = (n, timed(lambda m=theirs, x=x: m[1](m[0](x)[0][:, -1]), theirs, y, n))
         works[group, "ours"] = (n, timed(functools.partial(ours, x), ours, y, n))
