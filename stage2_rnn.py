@@ -180,8 +180,8 @@ class Cell(nn.Module):
     """What the cells share. forward(x, state): x (B, n_in), state (B, n_hidden) or None, zeros -> the next state.
 
     Two nn.Linear hold the weights; Scan applies them. In it a column is a sequence, as in the equations.
-    matrix(): W (R, H + F + 1), both layers and their biases in one: p = W [h; x; 1] is all that a step needs.
-    step(p, old, new): makes p (R, B) the gates, fills the next state `new`, returns what `back` needs besides states.
+    matrix(): both layers and their biases in one, H + F + 1 columns: p = W [h; x; 1] is all that a step needs.
+    step(p, old, new): makes blocks p the gates, fills the next state `new`, returns what `back` needs besides states.
     back(grad, old, new, d, …): from grad = ∂L/∂new fills d = ∂L/∂p, returns what of ∂L/∂old does not pass W.
     """
 
