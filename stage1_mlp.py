@@ -1,194 +1,288 @@
-"""Stage 1: a multilayer perceptron (全连接网络) reads MNIST, and shows what depth, width and training time do to it.
+"""Stage 1: a multilayer perceptron (全连接网络) reads MNIST; what depth, width and training time do to it.
 
-Test accuracy 98.61 ± 0.08 % after 15 epochs, 99.30 ± 0.07 % with deformed images: 5 seeds each, 2 CPU cores.
+    python stage1_mlp.py                              the brief's questions, one seed: 10 minutes on 2 cores
+    python stage1_mlp.py --only depth width --seeds 3    some experiments; --only all: every one
+    python stage1_mlp.py train --hidden 64 --lr 0.01  one network of your own
+    python stage1_mlp.py predict digit.png            what the trained network makes of your images
+    python stage1_mlp.py benchmark                    speed, beside what a user would take instead
+    python stage1_mlp.py plot                         draw figures/stage1/ again from its saved rows
 
-    python stage1_mlp.py                 train, sweep, faults, benchmark, pictures: all but deformed and scale_out
-    python stage1_mlp.py train           the 784-128-256-10 baseline, 5 seeds, with a report per class
-    python stage1_mlp.py deformed        the same network on images deformed anew at every step
-    python stage1_mlp.py sweep --only depth width --seeds 3
-    python stage1_mlp.py faults          what goes wrong in training: provoked, measured, mended
-    python stage1_mlp.py benchmark       speed, against a DataLoader pipeline and the machine's own matrix product
-    python stage1_mlp.py scale_out       a sweep by one process, and by several under torchrun: runs a minute
-    python stage1_mlp.py plot            draw figures/stage1/ again from its saved rows
+Read `MLP`, `cross_entropy` and `train` first: they are the whole idea. `backprop` is what
+`loss.backward()` does, by hand. `EXPERIMENTS` is the table of everything that was tried.
 
-Axis letters in shape comments: B batch, C classes, N images, P = 784 pixels of an image, D neurons of a layer.
+Axis letters in shape comments: B batch, C classes, N images, P = 784 pixels, D neurons of a layer.
 """
 
-import functools
+import gzip
+import hashlib
 import itertools
+import json
 import math
 import os
+import shlex
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
+from typing import Annotated, Literal, NamedTuple, Union
 
+import joblib
 import numpy as np
+import pandas as pd
 import torch
+import tyro
+from filelock import FileLock, Timeout
+from PIL import Image, ImageOps
+from scipy import ndimage
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
 import metrics
-from metrics import Data, Fault, Run, Split, batches, one_cycle
 
-# -------- 2. Config --------------------------------------------------------------------------------------------------
+HERE = Path(__file__).resolve().parent
 
-MEAN, STD = 0.1307, 0.3081  # of MNIST's training pixels scaled to 0 … 1
-N_TRAIN, N_VAL = 55_000, 5_000  # of MNIST's 60,000 training images; its 10,000 test images stay whole
-OPTIMIZERS = {  # class and its arguments; fused is one pass over all parameters a step
-    "sgd": (torch.optim.SGD, {"fused": True}),
-    "momentum": (torch.optim.SGD, {"fused": True, "momentum": 0.9}),
-    "adagrad": (torch.optim.Adagrad, {}),
-    "rmsprop": (torch.optim.RMSprop, {}),
-    "adam": (torch.optim.Adam, {"fused": True}),
-    "adamw": (torch.optim.AdamW, {"fused": True}),
-}
-CHOICES = {
-    "activation": ["sigmoid", "tanh", "relu", "leaky_relu", "gelu", "silu"],
-    "init": ["zeros", "small", "default", "xavier", "kaiming"],
-    "loss": ["cross_entropy", "softmax_twice", "naive"],
-    "optimizer": list(OPTIMIZERS),
-}
-LIMITS = {  # each value is at least the first and less than the second
-    **dict.fromkeys(("hidden", "batch_size", "epochs", "n_logs"), (1, math.inf)),
-    **dict.fromkeys(("deform", "weight_decay", "clip", "steps"), (0, math.inf)),
-    **dict.fromkeys(("dropout", "label_smoothing", "warmup"), (0, 1)),
-    "n_train": (1, N_TRAIN + 1),
-    "seed": (0, 2**32),
-    "lr": (1e-12, math.inf),
-}
+# -------- Config ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Config:
+    """All that a run depends on; each field is a flag of `train`."""
+
     hidden: tuple[int, ...] = (128, 256)  # neurons of each hidden layer; none is softmax regression
-    activation: str = "relu"
-    init: str = "kaiming"  # of the weights, see initialise
+    activation: Literal["sigmoid", "tanh", "relu", "leaky_relu", "gelu", "silu"] = (
+        "relu"  # between the layers
+    )
+    init: Literal["zeros", "small", "default", "xavier", "kaiming"] = (
+        "kaiming"  # how weights are drawn
+    )
     dropout: float = 0.0  # share of hidden values zeroed while training
     normalise: bool = True  # pixels to mean 0, std 1; otherwise as stored, 0 … 255
     deform: float = 0.0  # strength of the random image deformation: 0 none, 1 full
-    loss: str = "cross_entropy"  # the other two are there to go wrong; naive knows no label smoothing
-    label_smoothing: float = 0.1  # share of the target that is spread evenly over all classes
-    optimizer: str = "adamw"
-    lr: float = 3e-3  # the highest learning rate of the schedule
+    loss: Literal["cross_entropy", "softmax_twice", "naive"] = (
+        "cross_entropy"  # the last two go wrong
+    )
+    label_smoothing: float = 0.1  # share of the target spread evenly over all classes
+    optimizer: Literal["sgd", "momentum", "adagrad", "rmsprop", "adam", "adamw"] = (
+        "adamw"  # update rule
+    )
+    lr: float = 3e-3  # highest learning rate of the schedule
     weight_decay: float = 0.3  # of weights, not of biases
-    warmup: float = 0.3  # share of the run in which the learning rate rises; it falls along a cosine after
+    warmup: float = (
+        0.3  # share of the run in which the learning rate rises; then it falls, a cosine
+    )
     clip: float = 0.0  # largest gradient norm; 0 switches clipping off
-    batch_size: int = 128
+    batch_size: int = 128  # images of one update
     epochs: int = 15  # passes over the training images
     steps: int = 0  # number of updates, whatever epochs says; 0 leaves it to epochs
-    n_train: int = N_TRAIN  # training images used
-    n_logs: int = 30  # evaluations on the validation images during a run
-    seed: int = 0  # of weights, batch order, dropout and deformation; never of the validation split
-
-    def __post_init__(self):
-        metrics.check_config(self, CHOICES, LIMITS)
+    n_train: int = 55_000  # training images used
+    n_logs: int = 30  # how often a run is evaluated on its way
+    seed: int = 0  # of weights, batch order, dropout, deformation; never of the validation split
 
     @property
     def n_steps(self) -> int:
         return self.steps or self.epochs * math.ceil(self.n_train / self.batch_size)
 
+    def check(self) -> None:
+        """ValueError that names the field and the value, and says what would be right."""
+        limits = {
+            "dropout": (0, 0.99),
+            "deform": (0, 10),
+            "label_smoothing": (0, 1),
+            "lr": (1e-12, 1e32),
+            "weight_decay": (0, 1e6),
+            "warmup": (0, 0.99),
+            "clip": (0, 1e12),
+            "batch_size": (1, 60_000),
+            "epochs": (1, 10_000),
+            "steps": (0, 10_000_000),
+            "n_train": (1, N_TRAIN),
+            "n_logs": (1, 10_000),
+            "seed": (0, 2**32 - 1),
+        }
+        for name, (low, high) in limits.items():
+            check_range(name, getattr(self, name), low, high)
+        for neurons in self.hidden:
+            check_range("hidden", neurons, 1, 16_384)
+        check_range("hidden (number of layers)", len(self.hidden), 0, 100)
 
-# a sweep is a list of changes to its base Config; to add one, add its list here and what it varies below
-SWEEPS: dict[str, list[dict]] = {
-    "depth": [{"hidden": (128,) * n} for n in range(6)],
-    "width": [{"hidden": (n, n)} for n in (16, 32, 64, 128, 256, 512, 1024)],
-    "steps": [{"steps": n} for n in (100, 300, 1000, 3000, 10_000)],
-    "lr": [{"lr": lr} for lr in (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 1.0, 10.0)],
-    "batch_size": [{"batch_size": n} for n in (16, 32, 64, 128, 256, 512, 1024)],
-    "activation": [{"activation": name} for name in CHOICES["activation"]],
-    "optimizer": [  # each at a learning rate of its own; weight decay is AdamW's, elsewhere it would be an L2 penalty
-        {"optimizer": name, "lr": lr, "weight_decay": 0.3 if name == "adamw" else 0.0}
-        for name, lr in zip(CHOICES["optimizer"], (0.3, 0.05, 0.03, 1e-3, 3e-3, 3e-3), strict=True)
-    ],
-    "init": [{"init": name} for name in CHOICES["init"]],
-    "regularisation": [  # where there is something to overfit: 5,000 images
-        {"n_train": 5000, "weight_decay": 0.0, "label_smoothing": 0.0} | change
-        for change in ({}, {"weight_decay": 0.3}, {"dropout": 0.2}, {"label_smoothing": 0.1}, {"deform": 1.0})
-    ],
+
+def check_range(name: str, value: float, low: float, high: float) -> None:
+    """ValueError unless low <= value <= high; a nan is refused too."""
+    flag = "--" + name.replace("_", "-")
+    if not low <= value:
+        raise ValueError(f"{name} must be at least {low:,}, not {value:,} ({flag})")
+    if not value <= high:
+        raise ValueError(f"{name} must be at most {high:,}, not {value:,} ({flag})")
+
+
+# -------- Data ------------------------------------------------------------------------------------
+
+MEAN, STD = 0.1307, 0.3081  # of MNIST's training pixels scaled to 0 … 1
+N_TRAIN, N_VAL = 55_000, 5_000  # of the 60,000 training images; the 10,000 test images stay whole
+CLASSES = [str(digit) for digit in range(10)]
+DATASET = "MNIST"  # Fashion-MNIST's files have the same names, so names prove nothing
+SHA256 = {  # of the unpacked files
+    "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+    "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+    "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+    "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
 }
-# fmt: off
-AXES = {
-    "depth": "hidden layers × neurons", "width": "hidden layers × neurons", "steps": "training steps, each its own run",
-    "lr": "learning rate", "batch_size": "batch size, equal steps", "activation": "activation",
-    "optimizer": "optimizer", "init": "initialisation", "regularisation": "regularisation, on 5,000 images",
-}
-# fmt: on
-PROBES: dict[str, list[dict]] = {}  # runs of `faults` that are compared with each other
-# what a job changes in the Config before the user's flags do, and how many seeds it runs
-JOBS: dict[str, tuple[dict, int]] = {
-    "train": ({}, 5),
-    "deformed": ({"deform": 1.0, "epochs": 120, "weight_decay": 0.05, "label_smoothing": 0.0}, 5),
-    "sweep": ({"steps": 600, "n_logs": 10}, 1),
-    "faults": ({"steps": 500, "n_logs": 20, "weight_decay": 0.0, "label_smoothing": 0.0}, 1),
-}
-SELECTED = {"train": "baseline", "deformed": "deformed"}  # jobs whose models are scored on the test images, and as what
-LONG, MINUTES, REPEATS = ["deformed", "scale_out"], 3, 3  # what `all` leaves out, its minutes, repeats of works
-SMOKE = {"hidden": (16, 12), "n_train": 640, "steps": 6, "n_logs": 2}
 
 
-# -------- 3. Data ----------------------------------------------------------------------------------------------------
+class Split(NamedTuple):
+    images: Tensor  # (N, 784) float32
+    labels: Tensor  # (N,) int64
 
 
-def load_data(config: Config, device: torch.device | str = "cpu", data_dir: Path = metrics.HERE / "data") -> Data:
-    """MNIST whole on the device: 55,000 / 5,000 / 10,000 images, normalised or raw as the Config says.
+class Data(NamedTuple):
+    train: Split  # in a random order, so that the first n of them are a fair sample
+    val: Split
+    test: Split
 
-    The validation split is stratified and always the same; the training images lie in a random order, so that the first
-    n of them are a fair sample. metrics.DataError if the images cannot be had or are another data set's.
+
+class DataError(Exception):
+    """A data file is missing, damaged, or another set's."""
+
+
+def read_part(folder: Path, name: str) -> np.ndarray:
+    """One of the four files, from its unpacked form if it is there, else from its .gz: uint8 (N, …).
+
+    Nothing is written. The checksum proves number, shape, values and the right data set at once.
     """
-    (pixels, labels), test = metrics.read_images("MNIST", data_dir, MEAN, STD)
-    kept, val = metrics.stratified(labels, N_VAL, seed=1998)
+    path = folder / name
+    packed = folder / f"{name}.gz"
+    if not path.exists() and not packed.exists():
+        advice = "give its folder by --data-dir, or add --download"
+        raise DataError(f"{packed} is missing: {advice}")
+    source = path if path.exists() else packed
+    try:
+        content = source.read_bytes() if source == path else gzip.decompress(source.read_bytes())
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise DataError(f"{source} cannot be read ({error}): replace it") from error
+    if hashlib.sha256(content).hexdigest() != SHA256[name]:
+        advice = f"delete it, so that {packed.name} is read" if source == path else "replace it"
+        raise DataError(f"{source} is damaged or not {DATASET}'s (checksum): {advice}")
+    # an idx file: 4 bytes of type, 4 bytes for the length of each axis, then the values
+    if "images" in name:
+        return np.frombuffer(content, np.uint8, offset=16).reshape(-1, 28, 28)
+    return np.frombuffer(content, np.uint8, offset=8)
 
-    def split(pixels: Tensor, labels: Tensor) -> Split:
-        images = pixels.flatten(1).float()
-        images = (images / 255 - MEAN) / STD if config.normalise else images
-        return Split(images.to(device), labels.to(device))
 
-    return Data(split(pixels[kept], labels[kept]), split(pixels[val], labels[val]), split(*test))
+def load_data(data_dir: Path = HERE / "data", download: bool = False) -> Data:
+    """MNIST whole: 55,000 / 5,000 / 10,000 images, normalised. DataError names a file that is wrong.
+
+    The validation images are stratified, of every class a twelfth, and always the same.
+    """
+    folder = Path(data_dir) / DATASET / "raw"
+    if download:
+        fetch(Path(data_dir))
+    parts = [read_part(folder, name) for name in SHA256]
+    train_images, train_labels, test_images, test_labels = (torch.tensor(part) for part in parts)
+
+    generator = torch.Generator().manual_seed(1998)  # of the split alone: no run's seed changes it
+    order = torch.randperm(len(train_labels), generator=generator)
+    by_class = order[train_labels[order].argsort(stable=True)]
+    is_val = torch.arange(len(by_class)) % 12 == 0  # every 12th, class by class
+    val = by_class[is_val]
+    train = by_class[~is_val]
+    train = train[torch.randperm(len(train), generator=generator)]
+
+    def split(images: Tensor, labels: Tensor) -> Split:
+        return Split(normalised(images.flatten(1)), labels.long())
+
+    return Data(
+        split(train_images[train], train_labels[train]),
+        split(train_images[val], train_labels[val]),
+        split(test_images, test_labels),
+    )
+
+
+def fetch(data_dir: Path) -> None:
+    """Let torchvision download the set; two stages that start at once do it one after the other."""
+    try:
+        from torchvision import datasets
+
+        data_dir.mkdir(parents=True, exist_ok=True)
+        with FileLock(data_dir / f".{DATASET}.lock"):
+            datasets.MNIST(str(data_dir), download=True)
+    except (ImportError, RuntimeError, OSError, ValueError) as error:
+        pair = "pip install --force-reinstall torch torchvision"
+        hint = (
+            f"; torch and torchvision must be a matched pair: {pair}" if "nms" in str(error) else ""
+        )
+        raise DataError(f"{DATASET} cannot be downloaded into {data_dir}: {error}{hint}") from error
+
+
+def normalised(pixels: Tensor) -> Tensor:
+    """Pixels of 0 … 255 to the mean 0 and standard deviation 1 of the training images, float32."""
+    return (pixels.float() / 255 - MEAN) / STD
+
+
+def as_stored(split: Split) -> Split:
+    """The same images with pixels of 0 … 255 again, for the runs that do not normalise."""
+    return Split((split.images * STD + MEAN) * 255, split.labels)
 
 
 def deform(images: Tensor, strength: float = 1.0) -> Tensor:
     """Turn, scale, shear, shift and bend every image (B, P) at random, differently each time.
 
-    At strength 1: up to 15° and 15 % and 1.5 pixels, then a smooth displacement of 1.2 pixels (std), white noise under
-    a Gaussian of 5 pixels: the elastic deformation of Simard, Steinkraus and Platt (2003, section 2).
+    At strength 1: up to 15°, 15 % and 1.5 pixels, then a smooth displacement of 1.2 pixels (std),
+    white noise under a Gaussian of 5 pixels: the elastic deformation of Simard, Steinkraus and
+    Platt (2003, section 2).
     """
-    B, device, half = len(images), images.device, 13.5  # grid_sample counts from -1 to 1: half an image is 13.5 pixels
-    turn, wide, high, shear, right, down = strength * (2 * torch.rand(6, B, device=device) - 1)
-    turn, wide, high = turn * math.radians(15), (0.15 * wide).exp(), (0.15 * high).exp()
-    x_from = [right * 1.5 / half, turn.cos() * wide, 0.15 * shear - turn.sin() * high, 0 * turn]  # times 1, x, y, xy
-    y_from = [down * 1.5 / half, turn.sin() * wide, turn.cos() * high, 0 * turn]
-    # where a pixel is read from: Σ_ij basis_i(y) weight_ij basis_j(x); the basis functions 1 and the coordinate itself
-    # make the affine part, Gaussian bumps on every 4th pixel the elastic one
+    B = len(images)
+    device = images.device
+    half = 13.5  # grid_sample counts from -1 to 1: half an image is 13.5 pixels
+    random = strength * (2 * torch.rand(6, B, device=device) - 1)
+    turn, wide, high, shear, right, down = random
+    turn = turn * math.radians(15)
+    wide = (0.15 * wide).exp()
+    high = (0.15 * high).exp()
+    zero = torch.zeros_like(turn)
+    # where a pixel is read from: x' = x_from · (1, x, y, xy), likewise y'
+    x_from = [right * 1.5 / half, turn.cos() * wide, 0.15 * shear - turn.sin() * high, zero]
+    y_from = [down * 1.5 / half, turn.sin() * wide, turn.cos() * high, zero]
+    # the same as a sum over basis functions, Σ_ij basis_i(y) weight_ij basis_j(x): the functions 1 and
+    # the coordinate make the affine part, Gaussian bumps on every 4th pixel the elastic part
     pixel = torch.arange(28.0, device=device)[:, None]
-    bumps = torch.exp(-((pixel - torch.arange(-4.0, 33.0, 4.0, device=device)) ** 2) / (2 * 5.0**2))  # (28, 10)
-    basis = torch.cat([torch.ones_like(pixel), pixel / half - 1, F.normalize(bumps, dim=1)], 1)  # (28, 12)
+    centre = torch.arange(-4.0, 33.0, 4.0, device=device)
+    bumps = torch.exp(-((pixel - centre) ** 2) / (2 * 5.0**2))  # (28, 10)
+    bumps = F.normalize(bumps, dim=1)  # so that white noise keeps its variance
+    basis = torch.cat([torch.ones_like(pixel), pixel / half - 1, bumps], 1)  # (28, 12)
     weight = torch.zeros(B, 2, 12, 12, device=device)
     weight[:, :, :2, :2] = torch.stack(x_from + y_from, 1).view(B, 2, 2, 2)
     weight[:, :, 2:, 2:] = torch.randn(B, 2, 10, 10, device=device) * (1.2 * strength / half)
     grid = (weight @ basis.mT).mT @ basis.mT  # (B, 2, x 28, y 28)
     # an image's edge is background, so whatever lies outside is read from the edge
-    grid = grid.permute(0, 3, 2, 1).clamp(-1, 1)
+    grid = grid.permute(0, 3, 2, 1).clamp(-1, 1)  # (B, y 28, x 28, 2)
     return F.grid_sample(images.view(B, 1, 28, 28), grid, align_corners=True).view(B, 784)
 
 
-# -------- 4. Model ---------------------------------------------------------------------------------------------------
+# -------- Model -----------------------------------------------------------------------------------
 
 
 class MLP(nn.Module):
     """Linear layers with an activation after each but the last; hidden=() is softmax regression.
 
-    forward(x): images (B, …) of n_in values each -> logits (B, n_classes). ValueError on images of another size.
+    forward(x): images (B, …) of n_in values each -> logits (B, n_classes). ValueError on images of
+    another size.
     """
 
     def __init__(self, hidden=(128, 256), n_in=784, n_classes=10, activation="relu", dropout=0.0):
         super().__init__()
-        if activation not in CHOICES["activation"]:
-            raise ValueError(f"activation must be one of {', '.join(CHOICES['activation'])}, not {activation!r}")
+        if activation not in ACTIVATIONS:
+            raise ValueError(
+                f"activation must be one of {', '.join(ACTIVATIONS)}, not {activation!r}"
+            )
         sizes = (n_in, *hidden, n_classes)
         if min(sizes) < 1:
             raise ValueError(f"every layer needs at least one neuron: {sizes}")
@@ -200,73 +294,103 @@ class MLP(nn.Module):
         return self.activations(x)[-1]
 
     def activations(self, x: Tensor) -> list[Tensor]:
-        """The input, what every hidden layer makes of it, and the logits: n_layers + 1 tensors (B, D)."""
-        values = [x.flatten(1)]
-        if values[0].shape[1] != self.layers[0].in_features:
-            raise ValueError(f"images of {self.layers[0].in_features} values expected, not shape {tuple(x.shape)}")
-        *hidden, last = self.layers
-        for layer in hidden:
-            values.append(self.dropout(getattr(F, self.activation)(layer(values[-1]))))
-        return [*values, last(values[-1])]
+        """The input, what every hidden layer makes of it, and the logits: n_layers + 1 of (B, D)."""
+        n_in = self.layers[0].in_features
+        if x.flatten(1).shape[1] != n_in:
+            raise ValueError(f"images of {n_in} values expected, not shape {tuple(x.shape)}")
+        act = ACTIVATIONS[self.activation]
+        values = [x.flatten(1)]  # (B, n_in)
+        for layer in self.layers[:-1]:
+            z = layer(values[-1])  # z = x Wᵀ + b, (B, D)
+            values.append(self.dropout(act(z)))
+        logits = self.layers[-1](values[-1])  # (B, n_classes)
+        return [*values, logits]
+
+
+ACTIVATIONS = {
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "relu": F.relu,
+    "leaky_relu": F.leaky_relu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+}
 
 
 def initialise(model: MLP, init: str) -> None:
-    """Draw the weights anew: by what each method takes to keep signals, or gradients, from growing and dying.
+    """Draw the weights anew, so that signals or gradients neither grow nor die from layer to layer.
 
-    "kaiming" N(0, 2 / n_in), for ReLU (He 2015); "xavier" U(±√(6 / (n_in + n_out))), for tanh (Glorot 2010); "small"
-    N(0, 0.001²); "zeros"; all four with zero biases. "default" keeps nn.Linear's own: U(±1 / √n_in), biases too.
+    "kaiming": N(0, 2 / n_in), for ReLU (He 2015, eq. 10); "xavier": U(±√(6 / (n_in + n_out))), for
+    tanh (Glorot 2010, eq. 16); "small": N(0, 0.001²); "zeros"; all four with zero biases.
+    "default" keeps nn.Linear's own: U(±1 / √n_in), biases too.
     """
-    draw = {
-        "zeros": nn.init.zeros_,
-        "small": functools.partial(nn.init.normal_, std=1e-3),
-        "xavier": nn.init.xavier_uniform_,
-        "kaiming": functools.partial(nn.init.kaiming_normal_, nonlinearity="relu"),
-    }
-    if init != "default":
-        for layer in model.layers:
-            draw[init](layer.weight)
-            nn.init.zeros_(layer.bias)
+    if init == "default":
+        return
+    for layer in model.layers:
+        nn.init.zeros_(layer.bias)
+        if init == "kaiming":
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+        elif init == "xavier":
+            nn.init.xavier_uniform_(layer.weight)
+        elif init == "small":
+            nn.init.normal_(layer.weight, std=1e-3)
+        elif init == "zeros":
+            nn.init.zeros_(layer.weight)
 
 
 def cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Mean of -log softmax(logits)[target] over the batch: logits (B, C), target (B,) int64 -> scalar, in nats.
+    """Mean of -log softmax(logits)[target] over the batch: (B, C), (B,) int64 -> scalar, in nats.
 
-    -log softmax(z)[t] = log Σ exp(z) - z[t], and log Σ exp(z) = m + log Σ exp(z - m) with m = max z, where no exp can
-    overflow. With smoothing s the target is 1 - s on t plus s / C on every class (Szegedy 2016, eq. 7 on).
+    -log softmax(z)[t] = log Σ exp(z) - z[t], and log Σ exp(z) = m + log Σ exp(z - m) with m = max z,
+    where no exp can overflow. With smoothing s the target is 1 - s on t plus s / C on every class
+    (Szegedy 2016, eq. 7 on). ValueError on shapes or an s that do not fit.
     """
     if logits.ndim != 2 or target.shape != logits.shape[:1]:
-        raise ValueError(f"logits (B, C) and target (B,) expected, not {tuple(logits.shape)}, {tuple(target.shape)}")
+        found = f"{tuple(logits.shape)}, {tuple(target.shape)}"
+        raise ValueError(f"logits (B, C) and target (B,) expected, not {found}")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must lie in 0 … 1, not {label_smoothing}")
-    logits = logits - logits.detach().amax(1, keepdim=True)
-    log_sum = logits.exp().sum(1).log()
-    right = logits.gather(1, target[:, None]).squeeze(1)
-    if label_smoothing:
-        right = (1 - label_smoothing) * right + label_smoothing * logits.mean(1)
+    z = logits - logits.detach().amax(1, keepdim=True)  # (B, C), none above 0
+    log_sum = z.exp().sum(1).log()  # (B,)
+    right = z.gather(1, target[:, None]).squeeze(1)  # (B,) the logit of the true class
+    if label_smoothing > 0:
+        right = (1 - label_smoothing) * right + label_smoothing * z.mean(1)
     return (log_sum - right).mean()
+
+
+def softmax_twice(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """A common mistake: probabilities where logits belong. They differ by 1 at most, so the loss of
+    ten classes stays above ln(1 + 9/e) = 1.4612."""
+    return cross_entropy(logits.softmax(1), target, label_smoothing)
+
+
+def naive_cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """A common mistake: -log(exp(z) / Σ exp(z)) as it is written; in float32 exp(89) is infinite."""
+    probabilities = logits.exp() / logits.exp().sum(1, keepdim=True)
+    return -probabilities.gather(1, target[:, None]).log().mean()
 
 
 LOSSES = {
     "cross_entropy": cross_entropy,
-    # two common mistakes: probabilities where logits belong, which differ by 1 at most, so it stays above ln(1 + 9/e);
-    # and -log(exp(z) / Σ exp(z)) as it is written, where in float32 exp(89) is infinite
-    "softmax_twice": lambda z, target, smoothing: cross_entropy(z.softmax(1), target, smoothing),
-    "naive": lambda z, target, _: -(z.exp().gather(1, target[:, None]) / z.exp().sum(1, keepdim=True)).log().mean(),
+    "softmax_twice": softmax_twice,
+    "naive": naive_cross_entropy,
 }
 
 
 @torch.no_grad()
 def backprop(model: MLP, images: Tensor, target: Tensor) -> dict[str, Tensor]:
-    """Gradients of cross_entropy(model(images), target) by the chain rule, by hand: {parameter name: gradient}.
+    """Gradients of cross_entropy(model(images), target) by the chain rule: {parameter name: gradient}.
 
-    With a_0 = x, z_i = a_i W_iᵀ + b_i, a_(i+1) = relu(z_i) and δ_i = ∂L/∂z_i (B, D_i), from the last layer to the first
-    (Rumelhart, Hinton and Williams 1986):
-        δ_last = (softmax(z_last) - onehot(target)) / B        ∂L/∂W_i = δ_iᵀ a_i        ∂L/∂b_i = Σ_B δ_i
+    With a_0 = x, z_i = a_i W_iᵀ + b_i, a_(i+1) = relu(z_i) and δ_i = ∂L/∂z_i (B, D_i), from the last
+    layer to the first (反向传播; Rumelhart, Hinton and Williams 1986):
+        δ_last = (softmax(z_last) - onehot(target)) / B
+        ∂L/∂W_i = δ_iᵀ a_i            ∂L/∂b_i = Σ_B δ_i
         δ_(i-1) = (δ_i W_i) ⊙ [z_(i-1) > 0]
     ValueError for another activation than ReLU, or with dropout at work.
     """
     if model.activation != "relu" or (model.training and model.dropout.p > 0):
-        raise ValueError(f"by hand for ReLU without dropout only, not {model.activation}, dropout {model.dropout.p}")
+        found = f"{model.activation}, dropout {model.dropout.p}"
+        raise ValueError(f"back-propagation by hand is for ReLU without dropout, not {found}")
     *inputs, logits = model.activations(images)
     B, C = logits.shape
     delta = (logits.softmax(1) - F.one_hot(target, C)) / B  # (B, C)
@@ -275,227 +399,1466 @@ def backprop(model: MLP, images: Tensor, target: Tensor) -> dict[str, Tensor]:
         gradients[f"layers.{i}.weight"] = delta.mT @ inputs[i]  # (D_out, D_in)
         gradients[f"layers.{i}.bias"] = delta.sum(0)  # (D_out,)
         if i > 0:
-            delta = delta @ model.layers[i].weight * (inputs[i] > 0)  # (B, D_in); a ReLU that is off passes nothing
+            is_on = inputs[i] > 0  # (B, D_in): a ReLU that is off passes nothing
+            delta = (delta @ model.layers[i].weight) * is_on
     return gradients
 
 
-# -------- 5. Training ------------------------------------------------------------------------------------------------
+# -------- Training --------------------------------------------------------------------------------
 
 
-@metrics.inference
 def evaluate(model: nn.Module, split: Split) -> dict:
-    """Loss (nats), accuracy, macro precision, recall and F1 (0 … 1), and the confusion matrix, with dropout off."""
-    logits = model(split.images)
+    """Loss (nats), accuracy, macro precision, recall and F1 (0 … 1) and the confusion matrix.
+
+    Without gradients and with dropout off; every module gets its own training flag back.
+    """
+    was_training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            logits = model(split.images)  # (N, C)
+    finally:
+        for module, flag in was_training.items():
+            module.training = flag
     matrix = metrics.confusion_matrix(logits.argmax(1), split.labels, logits.shape[1])
     loss = cross_entropy(logits, split.labels).item()
     return {**metrics.scores(matrix), "loss": loss, "confusion": matrix}
 
 
-def build(config: Config, device: torch.device) -> MLP:
-    """The Config's network with weights drawn from the Config's seed, on the device."""
+SCORES = ("loss", "accuracy", "macro_precision", "macro_recall", "macro_f1")
+
+
+def build(config: Config, device: torch.device | str = "cpu") -> MLP:
+    """The Config's network, its weights drawn from the Config's seed, on the device."""
     torch.manual_seed(config.seed)
     model = MLP(config.hidden, activation=config.activation, dropout=config.dropout)
     initialise(model, config.init)
     return model.to(device)
 
 
-def train(config: Config, data: Data, bar: tqdm | None = None) -> tuple[MLP, list[dict]]:
-    """Train the Config's network: the model, and a history row for each of n_logs evenly spaced steps.
+def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
+    """The Config's update rule; weights decay, biases do not."""
+    weights = [p for p in model.parameters() if p.ndim > 1]
+    biases = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [
+        {"params": weights, "weight_decay": config.weight_decay},
+        {"params": biases, "weight_decay": 0.0},
+    ]
+    match config.optimizer:
+        case "sgd":
+            return torch.optim.SGD(groups, config.lr, fused=True)
+        case "momentum":
+            return torch.optim.SGD(groups, config.lr, momentum=0.9, fused=True)
+        case "adagrad":
+            return torch.optim.Adagrad(groups, config.lr)
+        case "rmsprop":
+            return torch.optim.RMSprop(groups, config.lr)
+        case "adam":
+            return torch.optim.Adam(groups, config.lr, fused=True)
+        case "adamw":
+            return torch.optim.AdamW(groups, config.lr, fused=True)
 
-    A row's train_loss is the mean since the row before. Between rows nothing waits for the device. A loss that is not
-    finite ends the run at the next row, which then holds it. The bar, if any, moves by one a step.
+
+def learning_rate(config: Config, step: int) -> float:
+    """Of update 0 … n_steps - 1: up a line during the warm-up, down a half cosine to 0 (Smith 2018)."""
+    progress = (step + 0.5) / config.n_steps
+    if progress < config.warmup:
+        return config.lr * progress / config.warmup
+    falling = (progress - config.warmup) / (1 - config.warmup)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * falling))
+
+
+def batches(n: int, batch_size: int, device: torch.device) -> Iterator[Tensor]:
+    """Indices (B,) of the batches: all n images in a new random order, again and again."""
+    while True:
+        yield from torch.randperm(n, device=device).split(batch_size)
+
+
+def train(
+    config: Config, data: Data, report: Callable[[dict], None] | None = None
+) -> tuple[MLP, list[dict]]:
+    """Train the Config's network: the model, and a history row at n_logs evenly spaced steps.
+
+    `objective` is the mean of the loss that is minimised since the row before. The other numbers are
+    plain cross-entropy and accuracy in evaluation mode, on the first 5,000 of the training images in
+    use and on the validation images, so that the two compare. `report` is given each row as it comes.
+    Between rows nothing waits for the device. A loss that is not finite ends the run at the next row,
+    which then holds it.
     """
-    images, labels = (part[: config.n_train] for part in data.train)
+    config.check()
+    if not config.normalise:
+        data = Data(*(as_stored(split) for split in data))
+    images = data.train.images[: config.n_train]
+    labels = data.train.labels[: config.n_train]
     device = images.device
-    model = build(config, device)
-    kind, arguments = OPTIMIZERS[config.optimizer]
-    optimizer = kind(metrics.parameter_groups(model, config.weight_decay), lr=config.lr, **arguments)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, functools.partial(one_cycle, config))
-    n_steps, loss_function = config.n_steps, LOSSES[config.loss]
-    logged = {math.ceil(n_steps * (i + 1) / config.n_logs) for i in range(config.n_logs)}
-    history, since, loss_sum, start = [], 0, torch.zeros((), device=device), time.perf_counter()
+    seen = Split(images[:N_VAL], labels[:N_VAL])  # training images to evaluate on
 
-    for step, batch in zip(range(1, n_steps + 1), batches(len(images), config, device), strict=False):
-        x, y = images.index_select(0, batch), labels.index_select(0, batch)  # (B, P), (B,)
-        if config.deform:  # gentler at the end, when the network settles on what the true images look like
-            x = deform(x, config.deform * (1.0 if step < 0.7 * n_steps else 0.3))
+    model = build(config, device)
+    optimizer = make_optimizer(model, config)
+    loss_function = LOSSES[config.loss]
+    n_steps = config.n_steps
+    log_steps = {math.ceil(n_steps * (i + 1) / config.n_logs) for i in range(config.n_logs)}
+    history = []
+    loss_sum = torch.zeros((), device=device)
+    last_log = 0
+    start = time.perf_counter()
+
+    batch_of = batches(len(images), config.batch_size, device)
+    for step in range(1, n_steps + 1):
+        batch = next(batch_of)
+        x = images[batch]  # (B, P)
+        y = labels[batch]  # (B,)
+        if config.deform > 0:  # gentler at the end, when the network settles on the true images
+            x = deform(x, config.deform if step < 0.7 * n_steps else 0.3 * config.deform)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, step - 1)
 
         loss = loss_function(model(x), y, config.label_smoothing)
         optimizer.zero_grad()
         loss.backward()
-        if config.clip:
-            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-        elif step in logged:
+        if config.clip > 0:
+            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)  # before clipping
+        elif step in log_steps:
             grad_norm = nn.utils.get_total_norm([p.grad for p in model.parameters()])
         optimizer.step()
-        schedule.step()
         loss_sum += loss.detach()
 
-        if step in logged:
-            val, train_loss = evaluate(model, data.val), loss_sum.item() / (step - since)
-            history.append(metrics.history_row(config, step, train_loss, val, grad_norm, start))
-            if bar is not None:
-                bar.update(step - since)
-            since = step
-            loss_sum.zero_()
-            if metrics.status(history) == "diverged":
+        if step in log_steps:
+            row = {"step": step, "epoch": step / math.ceil(len(images) / config.batch_size)}
+            row["objective"] = loss_sum.item() / (step - last_log)
+            training = evaluate(model, seen)
+            validation = evaluate(model, data.val)
+            row |= {"train_loss": training["loss"], "train_accuracy": training["accuracy"]}
+            row |= {f"val_{name}": validation[name] for name in SCORES}
+            row["grad_norm"] = grad_norm.item()
+            row["seconds"] = time.perf_counter() - start
+            history.append(row)
+            if report is not None:
+                report(row)
+            if status(history) == "diverged":
                 break
+            last_log = step
+            loss_sum.zero_()
     return model, history
 
 
-# -------- 6. Experiments ---------------------------------------------------------------------------------------------
+def status(history: list[dict]) -> str:
+    """Whether a run's last losses are finite: "ok" or "diverged"."""
+    is_finite = math.isfinite(history[-1]["objective"]) and math.isfinite(history[-1]["val_loss"])
+    return "ok" if is_finite else "diverged"
 
 
-def execute(run: Run, data: Data, bar: tqdm) -> dict[str, list[dict]]:
-    """Train and measure one run: its rows for every table. Only the selected models ever see the test images."""
-    model, history = train(run.config, data, bar)
-    tables = metrics.tables_of(run, model, history, evaluate(model, data.val), data.val.images.device)
-    if run.experiment in SELECTED.values():
-        tables |= metrics.test_tables(run, evaluate(model, data.test))
+# -------- Experiments -----------------------------------------------------------------------------
+
+BASE = Config()  # 15 epochs, 6,450 steps
+SHORT = replace(BASE, steps=600, n_logs=10)  # 1.4 epochs: side questions
+FAULT = replace(BASE, steps=500, n_logs=20, weight_decay=0.0, label_smoothing=0.0)
+FEW_IMAGES = replace(
+    SHORT, n_train=5000, weight_decay=0.0, label_smoothing=0.0
+)  # 15 epochs of 5,000
+THOUSAND = replace(FAULT, n_train=1000, steps=1500)  # 188 epochs of 1,000
+SIX_LAYERS = replace(FAULT, hidden=(128,) * 6)
+SGD = replace(FAULT, optimizer="sgd", lr=0.3)
+RATES = {  # of every optimizer, a factor of about 3 apart
+    "sgd": (0.03, 0.1, 0.3, 1.0, 3.0),
+    "momentum": (0.003, 0.01, 0.03, 0.1, 0.3),
+    "adagrad": (0.003, 0.01, 0.03, 0.1, 0.3),
+    "rmsprop": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
+    "adam": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+    "adamw": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+}
+
+# experiment -> what is varied -> the whole Config of its runs; every run is repeated for each seed
+EXPERIMENTS: dict[str, dict[str, Config]] = {
+    # selected models: whole trainings, scored on the test images at their end
+    "baseline": {"784-128-256-10": BASE},
+    "deformed": {
+        "784-128-256-10": replace(
+            BASE, deform=1.0, epochs=120, weight_decay=0.05, label_smoothing=0.0
+        )
+    },
+    # the brief's three questions: whole trainings with the baseline's recipe
+    "depth": {str(n): replace(BASE, hidden=(128,) * n) for n in range(6)},
+    "width": {str(n): replace(BASE, hidden=(n, n)) for n in (16, 32, 64, 128, 256, 512, 1024)},
+    "steps": {f"{n:,}": replace(BASE, steps=n) for n in (100, 300, 1000, 3000, 10_000, 20_000)},
+    "grid": {
+        f"{depth} × {width}": replace(BASE, hidden=(width,) * depth)
+        for depth in (1, 2, 3, 4, 5)
+        for width in (16, 32, 64, 128, 256)
+    },
+    # side questions: 600 steps
+    "learning_rate": {
+        f"{name}, {lr:g}": replace(
+            # weight decay is AdamW's own; with the others it would be an L2 penalty
+            SHORT,
+            optimizer=name,
+            lr=lr,
+            weight_decay=0.3 if name == "adamw" else 0.0,
+        )
+        for name, rates in RATES.items()
+        for lr in rates
+    },
+    "batch_size": {
+        f"{n}, {equal}": replace(SHORT, batch_size=n, steps=steps)
+        for n in (16, 32, 64, 128, 256, 512, 1024)
+        for equal, steps in (("equal steps", 600), ("equal images", 600 * 128 // n))
+    },
+    "activation": {
+        name: replace(SHORT, activation=name)
+        for name in ("sigmoid", "tanh", "relu", "leaky_relu", "gelu", "silu")
+    },
+    "init": {
+        f"{name}, {len(hidden)} layers": replace(SHORT, init=name, hidden=hidden)
+        for name in ("zeros", "small", "default", "xavier", "kaiming")
+        for hidden in ((128, 256), (128,) * 6)
+    },
+    "regularisation": {
+        "nothing": FEW_IMAGES,
+        "weight decay 0.3": replace(FEW_IMAGES, weight_decay=0.3),
+        "weight decay 1": replace(FEW_IMAGES, weight_decay=1.0),
+        "dropout 0.2": replace(FEW_IMAGES, dropout=0.2),
+        "dropout 0.5": replace(FEW_IMAGES, dropout=0.5),
+        "label smoothing 0.1": replace(FEW_IMAGES, label_smoothing=0.1),
+        "deformed images": replace(FEW_IMAGES, deform=1.0),
+        "all 55,000 images": replace(FEW_IMAGES, n_train=N_TRAIN),
+    },
+    # what goes wrong, and what mends it: 500 steps, 1,500 on 1,000 images; FAULTS says what is measured
+    "faults": {
+        "SGD, rate 30": replace(SGD, lr=30.0),
+        "SGD, rate 0.3": SGD,
+        "all weights 0": replace(FAULT, init="zeros"),
+        "Kaiming's weights": FAULT,
+        "6 sigmoid layers": replace(SIX_LAYERS, activation="sigmoid", init="default"),
+        "6 ReLU layers, Kaiming": SIX_LAYERS,
+        "softmax, then the loss": replace(FAULT, loss="softmax_twice"),
+        "logits into the loss": replace(FAULT, loss="cross_entropy"),
+        "the same 1,000 images": THOUSAND,
+        "deformed anew each step": replace(THOUSAND, deform=1.0),
+        "Adam, rate 0.1 at once": replace(FAULT, optimizer="adam", lr=0.1, warmup=0.0),
+        "rate 0.003, warm-up": replace(FAULT, optimizer="adam"),
+        "pixels 0 … 255": replace(SGD, normalise=False),
+        "mean 0, std 1": replace(SGD, normalise=True),
+        "-log(exp z / Σ exp z)": replace(FAULT, loss="naive", normalise=False),
+        "log-sum-exp": replace(FAULT, normalise=False),
+    },
+}
+THE_BRIEF = ("baseline", "depth", "width", "steps")  # what a bare `run` trains
+SELECTED = ("baseline", "deformed")  # judged on the test images; the weights of seed 0 are kept
+
+
+class Run(NamedTuple):
+    """One training: its experiment, what is varied, and the Config with its seed."""
+
+    experiment: str
+    value: str
+    config: Config
+
+    @property
+    def name(self) -> dict:
+        return {"experiment": self.experiment, "value": self.value, "seed": self.config.seed}
+
+    def __str__(self) -> str:
+        value = "" if self.value == self.experiment else f" {self.value}"
+        return f"{self.experiment}{value}, seed {self.config.seed}"
+
+
+def runs_of(experiments: list[str], n_seeds: int, smoke: bool = False) -> list[Run]:
+    """Every value of the experiments with every seed; of a smoke run the two ends, small and short."""
+    runs = []
+    for experiment in experiments:
+        values = list(EXPERIMENTS[experiment].items())
+        if smoke and experiment != "faults":
+            values = [values[0], values[-1]] if len(values) > 1 else values
+        for value, config in values:
+            for seed in range(n_seeds):
+                chosen = small(config) if smoke else config
+                runs.append(Run(experiment, value, replace(chosen, seed=seed)))
+    return runs
+
+
+def small(config: Config) -> Config:
+    """The Config of a smoke run: a narrower network, 640 images at most, 6 steps."""
+    hidden = tuple(max(4, neurons // 8) for neurons in config.hidden)
+    n_train = min(config.n_train, 640)
+    return replace(config, hidden=hidden, n_train=n_train, steps=6, n_logs=2)
+
+
+def config_columns(config: Config) -> dict[str, str]:
+    """The Config's fields but the seed as a row holds them; the text is what a table is compared by."""
+    columns = {}
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.name != "seed":
+            columns[field.name] = (
+                " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            )
+    return columns
+
+
+def execute(run: Run, arrays: tuple, device: str, origin: dict, every_minute: bool = False) -> dict:
+    """Train and measure one run, on one thread: its rows for every table, and perhaps its weights.
+
+    `arrays` are the three splits as numpy arrays, which joblib maps into a worker's memory instead
+    of copying them; `origin` is what the rows say of commit and versions. With `every_minute`, a
+    line is printed about once a minute. Only the selected models ever see the test images.
+    """
+    torch.set_num_threads(1)
+    splits = [Split(*(torch.from_numpy(part).to(device) for part in split)) for split in arrays]
+    data = Data(*splits)
+    last_line = time.monotonic()
+
+    def report(row: dict) -> None:
+        nonlocal last_line
+        if every_minute and time.monotonic() - last_line >= 60:
+            last_line = time.monotonic()
+            print(f"  {run}: step {row['step']:,} of {run.config.n_steps:,}, {progress(row)}")
+
+    model, history = train(run.config, data, report)
+    last = history[-1]
+    row = run.name | config_columns(run.config) | {"status": status(history)}
+    row |= {name: score for name, score in last.items() if name.startswith(("train_", "val_"))}
+    tables = {"history": [run.name | line for line in history]}
+    weights = None
+    if run.experiment in SELECTED:
+        test = evaluate(model, data.test)
+        matrix = test.pop("confusion")
+        row |= {f"test_{name}": score for name, score in test.items()}
+        tables["test_metrics"] = [run.name | test]
+        tables["confusion"] = [
+            run.name | {"true": true, "predicted": predicted, "count": int(matrix[true, predicted])}
+            for true, predicted in itertools.product(range(10), range(10))
+        ]
+        if run.config.seed == 0:
+            tables["mistakes"] = [
+                run.name | mistake for mistake in surest_mistakes(model, data.test)
+            ]
+            weights = {name: value.cpu().numpy() for name, value in model.state_dict().items()}
     if run.experiment == "faults":
-        tables |= metrics.fault_tables(run, FAULTS, model, history, data)
-        name = run.name | dict(zip(("fault", "variant"), run.value.split(": "), strict=True))
+        tables["faults"] = fault_rows(run, model, history, data)
+    if run.value in (FAULTS["vanishing gradient"].broken, FAULTS["vanishing gradient"].mended):
         norms = layer_gradients(run.config, data)
-        tables["gradients"] = [name | {"layer": i, "grad_norm": norm} for i, norm in enumerate(norms, 1)]
-    return tables
+        tables["gradients"] = [
+            run.name | {"layer": layer, "grad_norm": norm} for layer, norm in enumerate(norms, 1)
+        ]
+    row["seconds"] = last["seconds"]
+    row["parameters"] = sum(p.numel() for p in model.parameters())
+    row |= origin | {"device": device_name(device), "threads": torch.get_num_threads()}
+    return {"tables": {**tables, "runs": [row]}, "weights": weights}
+
+
+def progress(row: dict) -> str:
+    """A history row, or a run's, as a few words."""
+    return f"loss {row['val_loss']:.4f}, validation accuracy {100 * row['val_accuracy']:.2f} %"
+
+
+def surest_mistakes(model: MLP, split: Split, n: int = 24) -> list[dict]:
+    """The n wrongly read images whose wrong class got the highest probability, with their pixels."""
+    with torch.no_grad():
+        probabilities = model.eval()(split.images).softmax(1)  # (N, C)
+    probability, predicted = probabilities.max(1)
+    wrong = (predicted != split.labels).nonzero().squeeze(1)
+    surest = wrong[probability[wrong].argsort(descending=True)][:n]
+    pixels = as_stored(split).images[surest].round().byte().cpu().numpy()
+    rows = []
+    for index, image in zip(surest.tolist(), pixels, strict=True):
+        row = {"image": index, "true": split.labels[index].item()}
+        row |= {"predicted": predicted[index].item(), "probability": probability[index].item()}
+        rows.append(row | {"pixels": image.tobytes().hex()})
+    return rows
+
+
+# What is measured of a fault: (model, history, config, data) -> a number
+
+
+def last_accuracy(model: MLP, history: list[dict], config: Config, data: Data) -> float:
+    return 100 * history[-1]["val_accuracy"]
+
+
+def last_objective(model: MLP, history: list[dict], config: Config, data: Data) -> float:
+    return history[-1]["objective"]
+
+
+def distinct_neurons(model: MLP, history: list[dict], config: Config, data: Data) -> float:
+    return len(model.layers[0].weight.detach().unique(dim=0))
+
+
+def generalisation_gap(model: MLP, history: list[dict], config: Config, data: Data) -> float:
+    return 100 * (history[-1]["train_accuracy"] - history[-1]["val_accuracy"])
+
+
+def dead_neurons(model: MLP, history: list[dict], config: Config, data: Data) -> float:
+    """Percent of the hidden neurons that are 0 for every validation image: none sends a gradient."""
+    with torch.no_grad():
+        hidden = model.eval().activations(data.val.images)[1:-1]
+    is_dead = torch.cat([(values == 0).all(0) for values in hidden])  # (all neurons,)
+    return 100 * is_dead.float().mean().item()
+
+
+def gradient_ratio(model: MLP, history: list[dict], config: Config, data: Data) -> float:
+    norms = layer_gradients(config, data)
+    return norms[0] / norms[-1]
 
 
 def layer_gradients(config: Config, data: Data) -> list[float]:
-    """Norm of the loss's gradient with respect to each layer's weights, before the first update, on 1,000 images."""
+    """Norm of the gradient of each layer's weights before the first update, on 1,000 images."""
     model = build(config, data.train.images.device)
     cross_entropy(model(data.train.images[:1000]), data.train.labels[:1000]).backward()
     return [layer.weight.grad.norm().item() for layer in model.layers]
 
 
-def generalisation_gap(model: MLP, history: list[dict], config: Config, data: Data) -> float:
-    seen = evaluate(model, Split(*(part[: config.n_train] for part in data.train)))
-    return 100 * (seen["accuracy"] - history[-1]["val_accuracy"])
+class Fault(NamedTuple):
+    """Something that goes wrong in training, shown by a number of two runs of `faults`."""
+
+    broken: str  # its run's name in EXPERIMENTS["faults"]
+    mended: str
+    symptom: str
+    measured: str
+    measure: Callable
 
 
-@torch.no_grad()
-def dead_share(model: MLP, history: list[dict], config: Config, data: Data) -> float:
-    """Percent of the hidden neurons that are 0 for every validation image: such an image sends no gradient through."""
-    dead = [(values == 0).all(0) for values in model.eval().activations(data.val.images)[1:-1]]  # of each layer, (D,)
-    return 100 * torch.cat(dead).float().mean().item() if dead else math.nan
-
-
-ACCURACY = ("validation accuracy (%)", lambda model, history, *_: 100 * history[-1]["val_accuracy"])
-# fmt: off
 FAULTS = {
-    "learning rate too high": Fault("the loss grows until it is no number", *ACCURACY,
-        {"optimizer": "sgd", "lr": 30.0}, "learning rate / 100", {"optimizer": "sgd", "lr": 0.3}),
-    "all-zero weights": Fault("a layer's neurons stay alike: only output biases learn", "different neurons in layer 1",
-        lambda model, *_: len(model.layers[0].weight.detach().unique(dim=0)),
-        {"init": "zeros"}, "random weights (Kaiming)", {"init": "kaiming"}),
-    "sigmoid in a deep net": Fault("the gradient vanishes on its way down", "first gradient norm, first layer / last",
-        lambda model, history, config, data: (norms := layer_gradients(config, data))[0] / norms[-1],
-        {"hidden": (128,) * 6, "activation": "sigmoid", "init": "default"}, "ReLU, Kaiming's weights",
-        {"hidden": (128,) * 6, "activation": "relu", "init": "kaiming"}),
-    "softmax before cross-entropy": Fault("stays above ln(1 + 9/e) = 1.4612", "training loss at the end (nats)",
-        lambda model, history, *_: history[-1]["train_loss"],
-        {"loss": "softmax_twice"}, "logits into the loss", {"loss": "cross_entropy"}),
-    "overfitting on 1,000 images": Fault("right on what it saw", "training minus validation accuracy (points)",
-        generalisation_gap, {"n_train": 1000, "steps": 1500}, "images deformed anew each step",
-        {"n_train": 1000, "steps": 1500, "deform": 1.0}),
-    "dead ReLUs": Fault("huge first updates: neurons never fire again", "neurons dead on all validation images (%)",
-        dead_share, {"optimizer": "adam", "lr": 0.1, "warmup": 0.0}, "lower rate and warm-up", {"optimizer": "adam"}),
-    "inputs not normalised": Fault("pixels of 0 … 255 make every step too long", *ACCURACY,
-        {"optimizer": "sgd", "lr": 0.3, "normalise": False}, "pixels to mean 0, std 1",
-        {"optimizer": "sgd", "lr": 0.3, "normalise": True}),
-    "-log(softmax) overflows": Fault("exp(z) is infinite from z = 89 on", *ACCURACY,
-        {"loss": "naive", "normalise": False}, "log-sum-exp, on the same inputs",
-        {"loss": "cross_entropy", "normalise": False}),
+    "learning rate too high": Fault(
+        "SGD, rate 30",
+        "SGD, rate 0.3",
+        "the loss grows until it is no number",
+        "validation accuracy (%)",
+        last_accuracy,
+    ),
+    "all-zero weights": Fault(
+        "all weights 0",
+        "Kaiming's weights",
+        "a layer's neurons stay alike, only output biases learn",
+        "neurons of layer 1 that differ (of 128)",
+        distinct_neurons,
+    ),
+    "vanishing gradient": Fault(
+        "6 sigmoid layers",
+        "6 ReLU layers, Kaiming",
+        "the first layers hardly learn",
+        "gradient norm at the start, first layer / last",
+        gradient_ratio,
+    ),
+    "softmax before cross-entropy": Fault(
+        "softmax, then the loss",
+        "logits into the loss",
+        "the loss stays above ln(1 + 9/e) = 1.4612",
+        "training loss at the end (nats)",
+        last_objective,
+    ),
+    "overfitting on 1,000 images": Fault(
+        "the same 1,000 images",
+        "deformed anew each step",
+        "right on what it saw, worse on the rest",
+        "training minus validation accuracy (points)",
+        generalisation_gap,
+    ),
+    "dead ReLUs": Fault(
+        "Adam, rate 0.1 at once",
+        "rate 0.003, warm-up",
+        "huge first updates: neurons never fire again",
+        "hidden neurons dead on all validation images (%)",
+        dead_neurons,
+    ),
+    "inputs not normalised": Fault(
+        "pixels 0 … 255",
+        "mean 0, std 1",
+        "large inputs make every step too long",
+        "validation accuracy (%)",
+        last_accuracy,
+    ),
+    "-log(softmax) overflows": Fault(
+        "-log(exp z / Σ exp z)",
+        "log-sum-exp",
+        "exp(z) is infinite from z = 89 on; large inputs get there",
+        "validation accuracy (%)",
+        last_accuracy,
+    ),
 }
-# fmt: on
 
 
-def dataloader_epoch(config: Config, images: torch.utils.data.Dataset, device: torch.device, workers: int) -> None:
-    """The epoch a user would otherwise write: a DataLoader over torchvision's images, torch's own loss and defaults."""
-    model, criterion = build(config, device), nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
-    optimizer = torch.optim.AdamW(model.parameters(), config.lr, weight_decay=config.weight_decay)
-    for x, y in torch.utils.data.DataLoader(images, config.batch_size, shuffle=True, num_workers=workers):
-        loss = criterion(model(x.to(device)), y.to(device))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+def fault_rows(run: Run, model: MLP, history: list[dict], data: Data) -> list[dict]:
+    """The numbers of the faults that this run shows, broken or mended."""
+    rows = []
+    for name, fault in FAULTS.items():
+        if run.value in (fault.broken, fault.mended):
+            row = {"fault": name, "variant": "broken" if run.value == fault.broken else "mended"}
+            row |= {"measured": fault.measured, "symptom": fault.symptom}
+            row["number"] = fault.measure(model, history, run.config, data)
+            rows.append(run.name | row)
+    return rows
 
 
-def benchmark(config: Config, data: Data, data_dir: Path, repeats: int) -> dict[str, list[dict]]:
-    """An epoch against the DataLoader's; a training step against its products; a report against scikit-learn's matrix.
+# -------- Images of one's own ---------------------------------------------------------------------
 
-    Of a training step only the matrix products count: forward, gradients of the weights, and of the hidden layers.
+
+def read_digit(path: Path) -> np.ndarray:
+    """An image file made into what MNIST's images are: (28, 28) float32 of 0 … 1, white on black.
+
+    As MNIST was made (LeCun 1998): the digit is fitted into 20 × 20 pixels and its centre of mass put
+    into the centre of 28 × 28. Before, a light background is inverted, and what differs little from
+    the background around it, paper and shadow, is taken away. ValueError if it is no image, or empty.
     """
-    from sklearn.metrics import confusion_matrix as theirs
-    from torchvision import datasets, transforms
+    grey = read_grey(path)
+    border = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
+    if np.median(border) > (grey.min() + grey.max()) / 2:  # dark ink on light paper
+        grey = grey.max() - grey
+    # strokes are bright and narrow, so the opening with a wide square leaves the background alone
+    height, width = grey.shape
+    square = max(3, max(height, width) // 3)
+    background = ndimage.grey_opening(grey, (square, square), mode="nearest")
+    ink = grey - ndimage.gaussian_filter(background, square / 6, mode="nearest")
+    ink = ink.clip(0)
+    peak = np.percentile(ink[ink > ink.max() / 2], 50) if ink.max() > 0 else 0.0
+    if peak < 0.1:
+        raise ValueError(f"{path}: no digit to be seen, the image is nearly even")
+    ink = (ink / peak).clip(0, 1)
+    is_ink = ndimage.binary_dilation(ink > 0.35, iterations=max(1, max(ink.shape) // 100))
+    pieces, n_pieces = ndimage.label(is_ink, np.ones((3, 3)))
+    sizes = ndimage.sum_labels(ink, pieces, range(1, n_pieces + 1))
+    large = 1 + np.flatnonzero(sizes > 0.05 * sizes.max())  # specks of dirt are smaller
+    is_digit = np.isin(pieces, large)
+    ink = np.where(is_digit, ink, 0)
+    rows, columns = np.flatnonzero(is_digit.any(1)), np.flatnonzero(is_digit.any(0))
+    ink = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    ink = thickened(ink)
 
-    device = data.train.images.device
-    few = data._replace(val=Split(*(part[:10] for part in data.val)))  # the evaluation at the end takes no time
-    n_steps = config.steps or 100
-    epoch = replace(config, epochs=1, steps=0, n_logs=1, n_train=min(config.n_train, 11_000))  # a fifth of the images
-    works: dict[tuple[str, str], tuple[float, Callable]] = {}  # (group, name) -> (how much work, doing it)
+    scale = 20 / max(ink.shape)
+    size = [max(1, round(scale * side)) for side in ink.shape]
+    shrunk = Image.fromarray(ink.astype(np.float32)).resize(
+        (size[1], size[0]), Image.Resampling.BOX
+    )
+    digit = np.asarray(shrunk).clip(0, 1)
+    digit = digit / digit.max()
+    centre = ndimage.center_of_mass(digit)
+    top, left = (round(14 - at) for at in centre)
+    top, left = np.clip([top, left], 0, 28 - np.array(digit.shape))
+    image = np.zeros((28, 28), np.float32)
+    image[top : top + digit.shape[0], left : left + digit.shape[1]] = digit
+    return image
+
+
+def read_grey(path: Path) -> np.ndarray:
+    """An image file of any mode and size as grey values (H, W) of 0 … 1, at most 400 pixels long."""
+    try:
+        with Image.open(path) as opened:
+            picture = ImageOps.exif_transpose(opened)
+            if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
+                values = np.asarray(picture, dtype=np.float32)
+            else:
+                layers = np.asarray(picture.convert("RGBA"), dtype=np.float32)
+                grey = layers[..., :3] @ np.array([0.299, 0.587, 0.114], np.float32)
+                alpha = layers[..., 3] / 255
+                ink = (grey * alpha).sum() / max(alpha.sum(), 1)
+                paper = 255.0 if ink < 128 else 0.0  # where it is transparent: what shows the ink
+                values = grey * alpha + paper * (1 - alpha)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: there is no such file") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: not an image that can be read ({error})") from None
+    top = max(values.max(), 255.0 if values.max() <= 255 and values.max() > 1 else values.max())
+    grey = Image.fromarray(values / (top or 1.0))
+    grey.thumbnail((400, 400), Image.Resampling.BOX)
+    return np.asarray(grey)
+
+
+def thickened(ink: np.ndarray) -> np.ndarray:
+    """Strokes of a thin pen made as wide as MNIST's, about a tenth of the digit's size."""
+    wanted = max(ink.shape) / 10
+    depth = ndimage.distance_transform_edt(np.pad(ink > 0.5, 1))
+    thickness = 2 * np.percentile(depth[depth > 0], 90)
+    missing = int(wanted - thickness)
+    if missing < 1:
+        return ink
+    padded = np.pad(ink, missing // 2 + 1)
+    return ndimage.grey_dilation(padded, (missing + 1, missing + 1))
+
+
+def load_weights(path: Path) -> MLP:
+    """The network that `train --save` or a selected run has written; ValueError names a wrong file."""
+    try:
+        saved = torch.load(path, weights_only=True, map_location="cpu")
+        config = Config(**saved["config"])
+        model = MLP(config.hidden, activation=config.activation, dropout=config.dropout)
+        model.load_state_dict(saved["weights"])
+    except FileNotFoundError:
+        raise ValueError(f"{path}: there is no such file; `train --save FILE` writes one") from None
+    except Exception as error:  # torch.load raises whatever a damaged file makes it raise
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path}: not weights of this stage ({reason})") from None
+    return model.eval()
+
+
+def save_weights(path: Path, config: Config, weights: dict) -> None:
+    """Weights and Config in one file, written aside and renamed."""
+    saved = {
+        "config": asdict(config),
+        "weights": {k: torch.as_tensor(v) for k, v in weights.items()},
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with metrics.written_aside(path) as aside, open(aside, "wb") as file:
+        torch.save(saved, file)
+
+
+# -------- Pictures: from saved rows alone ---------------------------------------------------------
+
+# experiment -> what its picture says, what is varied, whether the values have an order
+SWEEPS = {
+    "depth": ("More hidden layers", "hidden layers of 128 neurons", True),
+    "width": ("More neurons", "neurons in each of two hidden layers", True),
+    "steps": ("Longer training", "training steps of the whole run", True),
+    "activation": ("Activation functions", "activation", False),
+    "regularisation": (
+        "What helps against overfitting on 5,000 images",
+        "added to the plain run",
+        False,
+    ),
+}
+
+
+def draw_all(folder: Path) -> list[Path]:
+    """Every picture and summary.md of the folder's rows. DataError if there are none."""
+    runs = metrics.load_rows(folder / "runs.csv")
+    history = metrics.load_rows(folder / "history.csv")
+    if runs.empty:
+        raise DataError(f"{folder / 'runs.csv'} holds no rows: train something first")
+    experiments = set(runs["experiment"])
+
+    for name in experiments & set(SELECTED):
+        rows = history[history["experiment"] == name]
+        metrics.draw_curves(folder / f"curves_{name}.png", rows, f"MLP on MNIST, {name}")
+        matrix = confusion_of(folder, name)
+        n_seeds = runs.loc[runs["experiment"] == name, "seed"].nunique()
+        title = f"{name}: 10,000 test images, sum over seeds, n = {n_seeds}"
+        metrics.draw_confusion(folder / f"confusion_{name}.png", matrix, CLASSES, title)
+    for name, (title, varied, ordered) in SWEEPS.items():
+        if name in experiments:
+            metrics.draw_sweep(
+                folder / f"sweep_{name}.png",
+                runs[runs["experiment"] == name],
+                history[history["experiment"] == name],
+                f"{title}: {length_of(EXPERIMENTS[name])}",
+                varied,
+                ordered,
+            )
+    percent = runs.assign(
+        error=100 - 100 * runs["val_accuracy"], percent=100 * runs["val_accuracy"]
+    )
+    if "grid" in experiments:
+        draw_grid(folder / "sweep_grid.png", percent[percent["experiment"] == "grid"])
+    if "learning_rate" in experiments:
+        rows = percent[percent["experiment"] == "learning_rate"]
+        title = f"Each optimizer at its learning rates: {length_of(EXPERIMENTS['learning_rate'])}"
+        metrics.draw_lines(
+            folder / "sweep_learning_rate.png", rows, "lr", "error", "optimizer", title,
+            xlabel="highest learning rate (log scale)", ylabel="validation error (%, log scale)",
+            xscale="log", yscale="log",
+        )  # fmt: skip
+    if "batch_size" in experiments:
+        rows = percent[percent["experiment"] == "batch_size"]
+        rows = rows.assign(equal=rows["value"].str.split(", ").str[1])
+        metrics.draw_lines(
+            folder / "sweep_batch_size.png", rows, "batch_size", "error", "equal",
+            "Batch size: 600 steps of each, or 76,800 images of each",
+            xlabel="batch size (log scale)", ylabel="validation error (%, log scale)",
+            xscale="log", yscale="log",
+        )  # fmt: skip
+    if "init" in experiments:
+        rows = percent[percent["experiment"] == "init"]
+        rows = rows.assign(layers=[len(str(hidden).split()) for hidden in rows["hidden"]])
+        metrics.draw_heatmap(
+            folder / "sweep_init.png", rows, "init", "layers", "percent",
+            "Initialisation matters more in a deep network: 600 steps, mean, lowest and highest seed",
+            xlabel="hidden layers", ylabel="initialisation", colorbar="validation accuracy (%)",
+        )  # fmt: skip
+    faults = metrics.load_rows(folder / "faults.csv")
+    if len(faults):
+        metrics.draw_faults(
+            folder / "faults.png",
+            faults,
+            "What goes wrong in training (orange), and what mends it (blue)",
+        )
+    gradients = metrics.load_rows(folder / "gradients.csv")
+    if len(gradients):
+        metrics.draw_lines(
+            folder / "fault_gradients.png", gradients, "layer", "grad_norm", "value",
+            "A sigmoid network's gradient vanishes towards its first layer",
+            xlabel="layer, 1 is next to the image", ylabel="gradient norm of its weights (log scale)",
+            yscale="log",
+        )  # fmt: skip
+    mistakes = metrics.load_rows(folder / "mistakes.csv")
+    if len(mistakes):
+        draw_mistakes(folder / "mistakes.png", mistakes[mistakes["experiment"] == "baseline"])
+    benchmarks = metrics.load_rows(folder / "benchmark.csv")
+    if len(benchmarks):
+        metrics.draw_ratios(
+            folder / "benchmark.png", benchmarks, "Speed beside what a user would take"
+        )
+    write_summary(folder)
+    return sorted(folder.glob("*.png"))
+
+
+def length_of(values: dict[str, Config]) -> str:
+    """How long an experiment's runs are: "15 epochs each", or "600 steps each", or nothing."""
+    configs = list(values.values())
+    if all(config.steps == 0 for config in configs):
+        lengths = {f"{config.epochs} epochs" for config in configs}
+    else:
+        lengths = {f"{config.n_steps:,} steps" for config in configs}
+    return f"{lengths.pop()} each" if len(lengths) == 1 else "each run as long as it says"
+
+
+def confusion_of(folder: Path, experiment: str) -> np.ndarray:
+    """The saved confusion matrix (C, C), summed over seeds."""
+    cells = metrics.load_rows(folder / "confusion.csv")
+    cells = cells[cells["experiment"] == experiment]
+    return cells.pivot_table("count", "true", "predicted", aggfunc="sum").to_numpy().astype(int)
+
+
+def draw_grid(path: Path, rows: pd.DataFrame) -> None:
+    sizes = rows["value"].str.split(" × ", expand=True).astype(int)
+    rows = rows.assign(depth=sizes[0], width=sizes[1])
+    n_seeds = rows["seed"].nunique()
+    title = f"Width helps at every depth: mean and range of {n_seeds} seeds, 15 epochs each"
+    labels = {"xlabel": "neurons in each layer", "ylabel": "hidden layers"}
+    labels["colorbar"] = "validation accuracy (%)"
+    metrics.draw_heatmap(path, rows, "depth", "width", "percent", title, **labels)
+
+
+def draw_mistakes(path: Path, rows: pd.DataFrame) -> None:
+    """The surest mistakes: what was seen, the true class and the predicted one with its probability."""
+    title = "The 24 surest mistakes among 10,000 test images (baseline, seed 0)"
+    with metrics.picture(path, title, 3, 8, width=13, height=6.6) as panels:
+        for axes in panels.flat:
+            axes.axis("off")
+        for axes, row in zip(panels.flat, rows.to_dict("records"), strict=False):
+            pixels = np.frombuffer(bytes.fromhex(row["pixels"]), np.uint8).reshape(28, 28)
+            axes.imshow(pixels, cmap="gray_r")
+            sure = 100 * row["probability"]
+            axes.set_title(
+                f"a {row['true']}, read as {row['predicted']}\n({sure:.0f} %)", fontsize=13
+            )
+
+
+def write_summary(folder: Path) -> None:
+    """summary.md: the tables a person reads, with what they measure, their unit and n."""
+    runs = metrics.load_rows(folder / "runs.csv")
+    sections = []
+    selected = runs[runs["experiment"].isin(SELECTED)]
+    if len(selected):
+        table = metrics.score_table(selected, "test_", "experiment", "model")
+        sizes = selected.drop_duplicates("experiment")["parameters"]
+        table = [row | {"parameters": f"{n:,}"} for row, n in zip(table, sizes, strict=True)]
+        note = (
+            "**Test images**, scored once, at the end of each run. The loss is plain cross-entropy."
+        )
+        note += " Label smoothing in training (`baseline`) makes it larger at the same accuracy."
+        sections.append(("Selected models", [note, metrics.markdown(table)]))
+        table = metrics.score_table(selected, "val_", "experiment", "model")
+        sections.append(("The same models on the validation images", [metrics.markdown(table)]))
+        configs = {name: next(iter(EXPERIMENTS[name].values())) for name in selected["experiment"]}
+        columns = {name: config_columns(config) for name, config in configs.items()}
+        rows = [
+            {"field": field} | {name: values[field] or "–" for name, values in columns.items()}
+            for field in config_columns(BASE)
+        ]
+        sections.append(("Config of the selected models", [metrics.markdown(rows)]))
+        for name in configs:
+            text = metrics.report(confusion_of(folder, name), CLASSES)
+            n = selected.loc[selected["experiment"] == name, "seed"].nunique()
+            note = f"**Test images**, summed over seeds, n = {n}."
+            pictures = f"![curves](curves_{name}.png)\n\n![confusion matrix](confusion_{name}.png)"
+            sections.append((f"{name}, class by class", [note, f"```\n{text}\n```", pictures]))
+    for name, values in EXPERIMENTS.items():
+        rows = runs[runs["experiment"] == name]
+        if len(rows) and name not in SELECTED and name != "faults":
+            note = f"**Validation images**, {length_of(values)}. Higher accuracy, lower loss is better."
+            varied = SWEEPS[name][1] if name in SWEEPS else "value"
+            table = metrics.markdown(metrics.score_table(rows, "val_", "value", varied))
+            title = name.replace("_", " ").capitalize()
+            sections.append((title, [note, table, f"![{name}](sweep_{name}.png)"]))
+    faults = metrics.load_rows(folder / "faults.csv")
+    if len(faults):
+        note = (
+            "Each fault is shown by a number of its own: mean ± standard deviation over the seeds."
+        )
+        pictures = "![faults](faults.png)\n\n![gradients](fault_gradients.png)"
+        sections.append(("Faults", [note, metrics.markdown(fault_table(faults)), pictures]))
+    mine = runs[~runs["experiment"].isin(EXPERIMENTS)]
+    if len(mine):
+        note = "**Validation images**, networks of your own (`train`)."
+        table = metrics.markdown(metrics.score_table(mine, "val_", "experiment", "network"))
+        sections.append(("Networks of your own", [note, table]))
+    benchmarks = metrics.load_rows(folder / "benchmark.csv")
+    if len(benchmarks):
+        note = "Our time over the other's: **lower is better**. Medians, timed in turn in one run."
+        table = benchmarks[["name", "ours", "other", "unit", "ratio", "device", "threads"]]
+        table = [
+            row | {key: f"{row[key]:.3g}" for key in ("ours", "other", "ratio")}
+            for row in table.to_dict("records")
+        ]
+        sections.append(("Speed", [note, metrics.markdown(table), "![speed](benchmark.png)"]))
+
+    head = (
+        "# Stage 1: MLP on MNIST\n\nMean ± sample standard deviation over n seeds; 95 % t interval."
+    )
+    contents = "\n".join(f"- {title}" for title, _ in sections)
+    body = "\n\n".join("\n\n".join([f"## {title}", *parts]) for title, parts in sections)
+    with metrics.written_aside(folder / "summary.md") as aside:
+        aside.write_text(f"{head}\n\n{contents}\n\n{body}\n", encoding="utf-8")
+
+
+def fault_table(faults: pd.DataFrame) -> list[dict]:
+    table = []
+    for name, rows in faults.groupby("fault", sort=False):
+        row = {"fault": name, "sign": rows["symptom"].iloc[0], "measured": rows["measured"].iloc[0]}
+        for variant in ("broken", "mended"):
+            found = rows[rows["variant"] == variant]
+            if len(found):
+                number = metrics.summarise(found["number"])
+                spread = f" ± {number.std:.2g}" if number.n > 1 else ""
+                row[variant] = f"{found['value'].iloc[0]}: {number.mean:.3g}{spread}"
+            row["n"] = len(found)
+        table.append(row)
+    return table
+
+
+# -------- Benchmark -------------------------------------------------------------------------------
+
+
+def seconds_in_turn(works: dict[str, Callable], repeats: int) -> dict[str, float]:
+    """Median seconds of each work; all in turn, so that what else the machine does falls on all."""
+    from torch.utils.benchmark import Timer
+
+    threads = torch.get_num_threads()
+    timers = {
+        name: Timer("work()", globals={"work": work}, num_threads=threads)
+        for name, work in works.items()
+    }
+    seconds = {name: [] for name in works}
+    for _ in range(repeats + 1):
+        for name, timer in timers.items():
+            seconds[name].append(timer.timeit(1).mean)
+    return {name: float(np.median(values[1:])) for name, values in seconds.items()}  # 1st: warm-up
+
+
+def ratio_row(name: str, ours: float, other: float, unit: str = "s") -> dict:
+    row = {"name": name, "ours": ours, "other": other, "unit": unit, "ratio": ours / other}
+    return row | {"threads": torch.get_num_threads()}
+
+
+def time_epoch(data: Data, data_dir: Path, device: str, repeats: int, n_train: int) -> list[dict]:
+    """Our epoch beside the one a user would write: torchvision's images through a DataLoader."""
+    from torchvision import transforms
+
+    config = replace(BASE, epochs=1, n_logs=1, n_train=n_train)
+    few = data._replace(val=Split(*(part[:10] for part in data.val)))  # evaluation takes no time
+    pixels = as_stored(data.train).images[:n_train].round().byte().view(-1, 28, 28).cpu()
+    labels = data.train.labels[:n_train].tolist()
     transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((MEAN,), (STD,))])
-    images = datasets.MNIST(str(metrics.unpacked("MNIST", data_dir)), transform=transform)
-    images = torch.utils.data.Subset(images, range(epoch.n_train))
-    for n in (0, 2):
-        work = functools.partial(dataloader_epoch, epoch, images, device, n)
-        works["images/s", f"DataLoader, {n} workers"] = (epoch.n_train, work)
-    works["images/s", "ours"] = (epoch.n_train, functools.partial(train, epoch, few))
+
+    class Images(torch.utils.data.Dataset):  # what torchvision.datasets.MNIST does with an image
+        def __len__(self) -> int:
+            return n_train
+
+        def __getitem__(self, index: int) -> tuple[Tensor, int]:
+            return transform(Image.fromarray(pixels[index].numpy())), labels[index]
+
+    def with_dataloader(workers: int) -> None:
+        model = build(config, device)
+        criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
+        optimizer = torch.optim.AdamW(model.parameters(), config.lr)
+        loader = torch.utils.data.DataLoader(Images(), 128, shuffle=True, num_workers=workers)
+        for x, y in loader:
+            loss = criterion(model(x.to(device)), y.to(device))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    works = {
+        "ours": partial(train, config, few),
+        "0": partial(with_dataloader, 0),
+        "2": partial(with_dataloader, 2),
+    }
+    seconds = seconds_in_turn(works, repeats)
+    name = f"an epoch of {n_train:,} images / through a DataLoader with"
+    return [ratio_row(f"{name} {n} workers", seconds["ours"], seconds[n]) for n in ("0", "2")]
+
+
+def time_steps(data: Data, device: str, repeats: int, n_steps: int) -> list[dict]:
+    """A training step beside its own matrix products, and these beside a 1024 × 1024 product's rate."""
+    few = data._replace(val=Split(*(part[:10] for part in data.val)))
+    layers = list(itertools.pairwise((784, *BASE.hidden, 10)))
     square = torch.randn(1024, 1024, device=device)
-    layers = list(itertools.pairwise((784, *config.hidden, 10)))
-    for B in sorted({min(B, config.n_train) for B in (128, 512, 2048)}):
-        shapes = [(B, a, b) for a, b in layers] + [(b, B, a) for a, b in layers] + [(B, b, a) for a, b in layers[1:]]
-        pairs = [(torch.randn(m, k, device=device), torch.randn(k, n, device=device)) for m, k, n in shapes]
-        gflop = n_steps * sum(2 * m * k * n for m, k, n in shapes) / 1e9
-        group, steps = f"GFLOP/s, batch {B}", replace(config, steps=n_steps, n_logs=1, batch_size=B)
-        works[group, "1024 × 1024 product"] = (10 * 1.024**3, lambda: [square @ square for _ in range(5)])
-        works[group, "a step's products"] = (gflop, lambda p=pairs: [x @ y for _ in range(n_steps) for x, y in p])
-        works[group, "a training step"] = (gflop, functools.partial(train, steps, few))
+    works = {"square": lambda: square @ square}
+    gflop = {}
+    for B in (128, 512, 2048):
+        # forward, gradients of the weights, gradients of the hidden layers
+        shapes = [(B, a, b) for a, b in layers]
+        shapes += [(b, B, a) for a, b in layers]
+        shapes += [(B, b, a) for a, b in layers[1:]]
+        gflop[B] = sum(2 * m * k * n for m, k, n in shapes) / 1e9
+        pairs = [
+            (torch.randn(m, k, device=device), torch.randn(k, n, device=device))
+            for m, k, n in shapes
+        ]
+        works[f"products {B}"] = partial(multiply_all, pairs, n_steps)
+        config = replace(BASE, steps=n_steps, n_logs=1, batch_size=B, n_train=max(B, 5000))
+        works[f"steps {B}"] = partial(train, config, few)
+    seconds = seconds_in_turn(works, repeats)
+    rows = []
+    for B in gflop:
+        steps = n_steps / seconds[f"steps {B}"]
+        products = n_steps / seconds[f"products {B}"]
+        row = ratio_row(
+            f"a training step, batch {B} / its matrix products", 1 / steps, 1 / products
+        )
+        rows.append(row)
+        rate = gflop[B] / (1 / products)
+        peak = 2 * 1.024**3 / seconds["square"]
+        name = f"the same products, batch {B} / at a 1024 × 1024 product's rate"
+        rows.append(ratio_row(name, 1 / rate, 1 / peak, "s per GFLOP"))
+    return rows
+
+
+def multiply_all(pairs: list[tuple[Tensor, Tensor]], times: int) -> None:
+    for _ in range(times):
+        for left, right in pairs:
+            left @ right
+
+
+def time_report(repeats: int) -> list[dict]:
+    """Our matrix and report beside scikit-learn's matrix alone."""
+    from sklearn.metrics import confusion_matrix as scikit_learns
+
     predicted, target = np.random.default_rng(0).integers(0, 10, (2, 1_000_000))
-    group = "reports/s, a million predictions"
-    works[group, "scikit-learn's matrix"] = (1, lambda: theirs(target, predicted))
-    works[group, "our matrix and report"] = (1, lambda: metrics.report(metrics.confusion_matrix(predicted, target, 10)))
-    return {"benchmark": metrics.interleaved(works, repeats, device)}
+    works = {
+        "ours": lambda: metrics.report(metrics.confusion_matrix(predicted, target, 10)),
+        "theirs": lambda: scikit_learns(target, predicted),
+    }
+    seconds = seconds_in_turn(works, repeats)
+    name = "matrix and report of 1,000,000 predictions / scikit-learn's matrix alone"
+    return [ratio_row(name, seconds["ours"], seconds["theirs"])]
 
 
-def scale_out(config: Config, data: Data, data_dir: Path, repeats: int) -> dict[str, list[dict]]:
-    """The same sweep by one process with every thread, and by torchrun's processes, one for each thread or GPU."""
-    device = data.train.images.device
-    n = torch.cuda.device_count() if device.type == "cuda" else torch.get_num_threads()
-    torchrun = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}")
-    launchers, names, works = {"one process": (), f"{n} processes": torchrun}, ("depth", "width"), {}
-    with tempfile.TemporaryDirectory() as folder:
-        job = [__file__, "sweep", "--quiet", "--only", *names, "--steps", str(config.steps or 600)]
-        job += ["--device", device.type, "--data-dir", str(data_dir), "--figures-dir", folder]
-        own = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}  # no team's
-        for name, launcher in launchers.items():
-            command = [sys.executable, *launcher, *job]
-            start = functools.partial(subprocess.run, command, check=True, stdout=subprocess.DEVNULL, env=own)
-            works["runs/min, from start to pictures", name] = (60 * sum(len(SWEEPS[name]) for name in names), start)
-        rows = metrics.interleaved(works, repeats, device)
-    return {"benchmark": [row | {"experiment": "scale_out"} for row in rows]}
+def time_sweep(data_dir: Path, device: str, smoke: bool) -> list[dict]:
+    """The same sweep by two workers beside one, from start to pictures, as processes of their own."""
+    seconds = {}
+    start_up = 0.0
+    for workers in (1, 2):
+        with tempfile.TemporaryDirectory() as out:
+            words = [sys.executable, __file__, "run", "--workers", str(workers), "--out", out]
+            words += ["--data-dir", str(data_dir), "--device", device]
+            words += ["--only", "steps" if smoke else "learning_rate"]
+            words += ["--smoke"] if smoke else ["--seeds", "4"]
+            start = time.perf_counter()
+            subprocess.run(words, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            seconds[workers] = time.perf_counter() - start
+            trained = metrics.load_rows(Path(out) / "stage1" / "runs.csv")["seconds"].sum()
+            start_up = seconds[workers] - trained / workers
+    n_runs = 2 if smoke else 4 * len(EXPERIMENTS["learning_rate"])
+    rows = [ratio_row(f"a sweep of {n_runs} runs by 2 workers / by 1", seconds[2], seconds[1])]
+    name = "start, loading and drawing of that sweep by 2 workers / the whole of it"
+    return [*rows, ratio_row(name, start_up, seconds[2])]
 
 
-# -------- 7. Pictures ------------------------------------------------------------------------------------------------
+# -------- Commands --------------------------------------------------------------------------------
 
 
-def plot(figures: Path) -> list[Path]:
-    """Draw every picture and summary.md from the saved rows; gives their paths. FileNotFoundError if there are none."""
-    album = metrics.Album(figures, "MLP on MNIST")
-    album.selected(list("0123456789"))
-    album.sweeps(AXES)
-    album.faults()
-    rows = [row for row in metrics.read_rows(figures / "gradients.csv") if row["fault"] == "sigmoid in a deep net"]
-    ylabel = "norm of its weights' gradient at the start"
-    album.lines("fault_gradients", {"sigmoid in a deep net": rows}, "variant", "layer", "grad_norm", ylabel)
-    album.benchmark()
-    return album.close()
+@dataclass(frozen=True)
+class Common:
+    out: Path | None = None  # results go to its folder stage1; by default figures/, of `train` out/
+    data_dir: Path = HERE / "data"  # holds MNIST/raw with its four files, packed or not
+    download: bool = False  # let torchvision fetch the data first
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto takes a GPU if there is one
+
+    @property
+    def torch_device(self) -> str:
+        present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        if self.device == "auto":
+            return next((name for name, is_there in present.items() if is_there), "cpu")
+        if not present.get(self.device, True):
+            raise ValueError(f"device {self.device} is not on this machine (--device)")
+        return self.device
 
 
-# -------- 8. Command line --------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class RunCommand(Common):
+    """Train experiments: what is finished is found and not trained again."""
+
+    only: Annotated[
+        tyro.conf.UseAppendAction[tuple[tuple[Literal[("all", *EXPERIMENTS)], ...], ...]],
+        tyro.conf.arg(metavar=" ".join(["EXPERIMENT", "..."])),
+    ] = ()  # of: all, baseline, deformed, depth, width, …; without it the brief's questions
+    seeds: int = 1  # runs of every value, each with the next seed
+    workers: int = 0  # processes of one thread; 0 is one per core, or one per GPU
+    dask: str | None = None  # address of a Dask scheduler, such as tcp://scheduler:8786
+    fresh: bool = False  # remove the named experiments' rows first
+    smoke: bool = False  # a tiny run of every path, by default into a temporary folder
+
+    @property
+    def experiments(self) -> list[str]:
+        named = list(dict.fromkeys(itertools.chain(*self.only)))
+        if "all" in named:
+            return list(EXPERIMENTS)
+        return named or list(EXPERIMENTS if self.smoke else THE_BRIEF)
+
+    def check(self) -> None:
+        check_range("seeds", self.seeds, 1, 1000)
+        check_range("workers", self.workers, 0, 1024)
+
+
+@dataclass(frozen=True)
+class TrainCommand(Common):
+    """Train one network of your own; it is judged on the validation images."""
+
+    config: tyro.conf.OmitArgPrefixes[Config] = Config()
+    test: bool = False  # judge it on the test images as well
+    save: Path | None = None  # write weights and Config to this file
+
+    def check(self) -> None:
+        self.config.check()
+
+
+@dataclass(frozen=True)
+class PredictCommand:
+    """Say what digit is on each image file: photo, scan or drawing."""
+
+    images: tyro.conf.Positional[tuple[Path, ...]]  # image files
+    weights: Path = HERE / "figures" / "stage1" / "deformed.pt"  # what to read them with
+    save_picture: Path | None = None  # write what the network saw to this PNG file
+
+    def check(self) -> None:
+        if not self.images:
+            raise ValueError("predict needs at least one image file")
+
+
+@dataclass(frozen=True)
+class BenchmarkCommand(Common):
+    """Time training and metrics beside what a user would take instead: about 15 minutes."""
+
+    smoke: bool = False  # as short as it goes, into a temporary folder
+
+    def check(self) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class PlotCommand:
+    """Draw the pictures and summary.md again from saved rows."""
+
+    out: Path | None = None  # the folder that holds stage1; by default figures/
+
+    def check(self) -> None:
+        pass
+
+
+COMMANDS = {
+    "run": RunCommand,
+    "train": TrainCommand,
+    "predict": PredictCommand,
+    "benchmark": BenchmarkCommand,
+    "plot": PlotCommand,
+}
+
+
+class Stopped(KeyboardInterrupt):
+    """SIGTERM came."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    return metrics.run_stage(sys.modules[__name__], {"benchmark": benchmark, "scale_out": scale_out}, argv)
+    """The program: parse, do what was asked, and turn what goes wrong into a line and an exit code.
+
+    0 done; 1 data or files that are wrong; 2 bad flags; 130 Ctrl-C; 143 SIGTERM.
+    """
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(
+            stream, "reconfigure"
+        ):  # a terminal without Chinese letters still shows the rest
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
+    script = Path(sys.argv[0]).name if argv is None else Path(__file__).name
+    command = parse(arguments, script)
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        match command:
+            case RunCommand():
+                run_experiments(command)
+            case TrainCommand():
+                train_one(command)
+            case PredictCommand():
+                return predict(command)
+            case BenchmarkCommand():
+                run_benchmark(command)
+            case PlotCommand():
+                folder = folder_of(command.out, "figures")
+                with claimed(folder):
+                    pictures = draw_all(folder)
+                print(f"drew {len(pictures)} pictures and {folder / 'summary.md'}")
+        sys.stdout.flush()
+    except KeyboardInterrupt as interrupt:
+        is_term = isinstance(interrupt, Stopped)
+        again = shlex.join(["python", sys.argv[0] if argv is None else script, *arguments])
+        saved = "finished runs are saved; " if isinstance(command, RunCommand) else ""
+        print(f"\n{script}: stopped; {saved}the same command goes on: {again}", file=sys.stderr)
+        return 143 if is_term else 130
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (DataError, ValueError, OSError) as error:
+        print(f"{script}: {error}", file=sys.stderr)
+        return 1
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    return 0
+
+
+def stop(number, frame) -> None:
+    raise Stopped
+
+
+def parse(arguments: list[str], script: str):
+    """The command that the arguments ask for; what is wrong with them is said, and ends with exit 2."""
+    words = [word for word in arguments if not word.startswith("-")]
+    is_help = bool(arguments) and arguments[0] in ("-h", "--help")
+    if arguments and arguments[0] in words[:1]:
+        if arguments[0] not in COMMANDS:
+            near = get_close_matches(arguments[0], COMMANDS, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            names = ", ".join(COMMANDS)
+            print(
+                f"{script}: no command {arguments[0]!r}, there are {names}{hint}", file=sys.stderr
+            )
+            raise SystemExit(2)
+    elif not is_help:
+        arguments = ["run", *arguments]
+    kinds = [Annotated[kind, tyro.conf.subcommand(name)] for name, kind in COMMANDS.items()]
+    command = tyro.cli(
+        Union[tuple(kinds)],  # noqa: UP007
+        prog=script,
+        description=__doc__,
+        args=arguments,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+    try:
+        command.check()
+        if isinstance(command, Common):
+            command.torch_device  # noqa: B018
+    except ValueError as error:
+        print(f"{script}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    return command
+
+
+def folder_of(out: Path | None, default: str) -> Path:
+    return (HERE / default if out is None else Path(out).absolute()) / "stage1"
+
+
+@contextmanager
+def claimed(folder: Path):
+    """Make the folder and keep other jobs out of it until the block ends: DataError if one is there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    folder = folder.resolve()
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            yield
+    except Timeout:
+        where = f"{folder}: wait for its end, or name another folder by --out"
+        raise DataError(f"another job is at work in {where}") from None
+
+
+def run_experiments(command: RunCommand) -> None:
+    """Train what is not finished yet, save each run as it ends, draw, and print the result."""
+    device = command.torch_device
+    smoke_folder = tempfile.mkdtemp() if command.smoke and command.out is None else None
+    folder = Path(smoke_folder) / "stage1" if smoke_folder else folder_of(command.out, "figures")
+    runs = runs_of(command.experiments, 1 if command.smoke else command.seeds, command.smoke)
+    with claimed(folder):
+        metrics.drop_rows_of_no_run(folder)
+        if command.fresh:
+            remove_rows(folder, command.experiments)
+        todo, stale = unfinished(runs, folder)
+        workers = 1 if command.smoke else command.workers or default_workers(device)
+        workers = max(1, min(workers, len(todo)))
+        where = f"Dask at {command.dask}" if command.dask else f"{workers} workers of 1 thread"
+        print(f"stage 1 on {device_name(device)}, {where}; results in {folder}")
+        print(f"{len(runs) - len(todo)} of {len(runs)} runs found there, {len(todo)} to do")
+        if stale:
+            print(f"{len(stale)} of them were made with other settings: trained again and replaced")
+        if todo:
+            data = load_data(command.data_dir, command.download)
+            if command.smoke:
+                data = Data(data.train, *(Split(*(p[::20] for p in split)) for split in data[1:]))
+            train_runs(todo, data, device, workers, command.dask, folder)
+        print("drawing …")
+        draw_all(folder)
+        print_result(folder, command.experiments)
+
+
+def unfinished(runs: list[Run], folder: Path) -> tuple[list[Run], list[Run]]:
+    """The runs that the folder does not hold, and those of them that it holds with another Config."""
+    rows = metrics.load_rows(folder / "runs.csv", as_text=True).to_dict("records")
+    found = {(row["experiment"], row["value"], row["seed"]): row for row in rows}
+    todo, stale = [], []
+    for run in runs:
+        row = found.get((run.experiment, run.value, str(run.config.seed)))
+        columns = config_columns(run.config)
+        is_same = row is not None and all(row.get(name) == text for name, text in columns.items())
+        if not is_same:
+            todo.append(run)
+        if row is not None and not is_same:
+            stale.append(run)
+    return todo, stale
+
+
+def remove_rows(folder: Path, experiments: list[str]) -> None:
+    """Forget the experiments' runs; what else is known of them goes with them."""
+    rows = metrics.load_rows(folder / "runs.csv", as_text=True)
+    metrics.save_rows(folder / "runs.csv", rows[~rows["experiment"].isin(experiments)])
+    metrics.drop_rows_of_no_run(folder)
+
+
+def default_workers(device: str) -> int:
+    return torch.cuda.device_count() if device == "cuda" else joblib.cpu_count()
+
+
+def device_name(device: str) -> str:
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return f"{device} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def origin_of_rows() -> dict:
+    """What rows say of where they come from: commit and versions."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], cwd=HERE, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--", Path(__file__).name, "metrics.py")
+        commit = git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    return {"commit": commit, "torch": torch.__version__}
+
+
+def train_runs(
+    todo: list[Run], data: Data, device: str, workers: int, dask: str | None, folder: Path
+) -> None:
+    """Train the runs, by several processes if there are workers, and save each as it ends."""
+    order = [f"{name}\t{value}" for name, values in EXPERIMENTS.items() for value in values]
+    longest_first = sorted(
+        todo, key=cost, reverse=True
+    )  # so that no worker waits for a long last one
+    is_terminal = sys.stderr.isatty()
+    with tqdm(total=len(todo), unit="run", disable=not is_terminal) as bar:
+        results = executed(longest_first, data, device, workers, dask, not is_terminal)
+        for number, done in enumerate(results, 1):
+            row = done["tables"]["runs"][0]
+            if done["weights"] is not None:
+                config = next(r.config for r in todo if r.name == {k: row[k] for k in metrics.RUN})
+                save_weights(folder / f"{row['experiment']}.pt", config, done["weights"])
+            metrics.replace_rows(folder, done["tables"], metrics.RUN, order)
+            bar.update()
+            words = f"{row['experiment']} {row['value']}, seed {row['seed']}: {progress(row)}"
+            bar.set_postfix_str(words)
+            if not is_terminal:
+                print(f"[{number}/{len(todo)}] {words}, {row['status']}, {row['seconds']:.0f} s")
+
+
+def cost(run: Run) -> float:
+    """About how long a run takes, to start long ones first."""
+    sizes = (784, *run.config.hidden, 10)
+    products = sum(a * b for a, b in itertools.pairwise(sizes))
+    return run.config.n_steps * (products * run.config.batch_size + 1e6)
+
+
+def executed(
+    runs: list[Run], data: Data, device: str, workers: int, dask: str | None, every_minute: bool
+) -> Iterator[dict]:
+    """What `execute` gives for each run, as it ends: here, by worker processes, or by Dask's."""
+    arrays = tuple(tuple(part.numpy() for part in split) for split in data)
+    origin = origin_of_rows()
+    jobs = []
+    for number, run in enumerate(runs):
+        target = f"cuda:{number % torch.cuda.device_count()}" if device == "cuda" else device
+        jobs.append(joblib.delayed(execute)(run, arrays, target, origin, every_minute))
+    if workers == 1 and dask is None:
+        for function, args, kwargs in jobs:
+            yield function(*args, **kwargs)
+        return
+    if dask is None:
+        # mmap_mode "c": workers share the images' memory, and torch may take them as writable
+        parallel = joblib.Parallel(
+            workers, return_as="generator_unordered", mmap_mode="c", batch_size=1
+        )
+        yield from parallel(jobs)
+        return
+    from dask.distributed import Client
+
+    with Client(dask) as client:
+        for module in (metrics.__file__, __file__):
+            client.upload_file(module)
+        with joblib.parallel_config("dask", scatter=list(itertools.chain(*arrays))):
+            yield from joblib.Parallel(return_as="generator_unordered", batch_size=1)(jobs)
+
+
+def print_result(folder: Path, experiments: list[str]) -> None:
+    """At most ten lines: what the selected models score, and the ends of every sweep."""
+    runs = metrics.load_rows(folder / "runs.csv")
+    lines = []
+    for name in experiments:
+        rows = runs[runs["experiment"] == name]
+        if name in SELECTED:
+            lines.append(
+                f"{name}: test accuracy {metrics.summarise(100 * rows['test_accuracy'])} %"
+            )
+        elif name != "faults" and len(rows):
+            means = 100 * rows.groupby("value", sort=False)["val_accuracy"].mean()
+            worst, best = means.idxmin(), means.idxmax()
+            ends = f"{means[worst]:.2f} % ({worst}) to {means[best]:.2f} % ({best})"
+            lines.append(f"{name}: validation accuracy {ends}")
+    if len(lines) > 8:
+        lines = [*lines[:8], f"and {len(lines) - 8} more experiments"]
+    print("\n".join(lines))
+    print(f"tables and pictures: {folder / 'summary.md'}")
+
+
+def train_one(command: TrainCommand) -> None:
+    """One network of the user's own: train, save its rows under the name of what was changed, show."""
+    device = command.torch_device
+    config = command.config
+    changed = {
+        field.name: getattr(config, field.name)
+        for field in fields(config)
+        if getattr(config, field.name) != getattr(BASE, field.name) and field.name != "seed"
+    }
+    words = []
+    for name, value in changed.items():
+        text = "-".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)
+        words.append(f"{name.replace('_', ' ')} {text}")
+    name = ", ".join(words) or "unchanged"
+    run = Run(name, name, config)
+    folder = folder_of(command.out, "out")
+    with claimed(folder):
+        metrics.drop_rows_of_no_run(folder)
+        print(f"stage 1 on {device_name(device)}, 1 thread; results in {folder}")
+        print(f"{name}: {json.dumps(asdict(config))}")
+        data = load_data(command.data_dir, command.download)
+        splits = [Split(*(part.to(device) for part in split)) for split in data]
+        data = Data(*splits)
+        torch.set_num_threads(1)
+        is_terminal = sys.stderr.isatty()
+        with tqdm(total=config.n_steps, unit="step", disable=not is_terminal) as bar:
+
+            def report(row: dict) -> None:
+                bar.update(row["step"] - bar.n)
+                bar.set_postfix_str(progress(row))
+                if not is_terminal:
+                    print(f"step {row['step']:,} of {config.n_steps:,}: {progress(row)}")
+
+            model, history = train(config, data, report)
+        if not config.normalise:
+            data = Data(*(as_stored(split) for split in data))
+        row = run.name | config_columns(config) | {"status": status(history)}
+        row |= {
+            key: score for key, score in history[-1].items() if key.startswith(("train_", "val_"))
+        }
+        if command.test:
+            scores = evaluate(model, data.test)
+            row |= {f"test_{key}": score for key, score in scores.items() if key != "confusion"}
+        row["seconds"] = history[-1]["seconds"]
+        row["parameters"] = sum(p.numel() for p in model.parameters())
+        row |= origin_of_rows() | {
+            "device": device_name(device),
+            "threads": torch.get_num_threads(),
+        }
+        rows = {"history": [run.name | line for line in history], "runs": [row]}
+        order = [f"{name}\t{value}" for name, values in EXPERIMENTS.items() for value in values]
+        metrics.replace_rows(folder, rows, metrics.RUN, order)
+        if command.save is not None:
+            save_weights(command.save, config, model.state_dict())
+        curves = folder / f"curves_{name.replace(' ', '_').replace(',', '')[:100]}.png"
+        metrics.draw_curves(curves, pd.DataFrame(rows["history"]), f"MLP on MNIST, {name}")
+        draw_all(folder)
+
+    for part in ("val", "test") if command.test else ("val",):
+        images = "validation images" if part == "val" else "test images, read because of --test"
+        keys = ("accuracy", "macro_precision", "macro_recall", "macro_f1")
+        shown = ", ".join(f"{k.replace('_', ' ')} {100 * row[f'{part}_{k}']:.2f} %" for k in keys)
+        print(f"{images}: {shown}, loss {row[f'{part}_loss']:.4f} ({row['status']})")
+    if command.save is not None:
+        print(f"weights: {command.save}")
+    print(f"tables: {folder / 'summary.md'}, curves: {curves}")
+
+
+def predict(command: PredictCommand) -> int:
+    """A line for each image with the two likeliest digits; 1 if an image could not be read."""
+    model = load_weights(command.weights)
+    seen, n_failed = [], 0
+    for path in command.images:
+        try:
+            image = read_digit(path)
+        except ValueError as error:
+            print(f"{Path(__file__).name}: {error}", file=sys.stderr)
+            n_failed += 1
+            continue
+        pixels = normalised(torch.from_numpy(255 * image))
+        with torch.no_grad():
+            probabilities = model(pixels[None]).softmax(1)[0]  # (C,)
+        shares, digits = probabilities.topk(2)
+        answers = [f"{CLASSES[d]} {100 * p:.1f} %" for p, d in zip(shares, digits, strict=True)]
+        print(f"{path}: {', '.join(answers)}")
+        seen.append((path.name, answers[0], image))
+    if command.save_picture is not None and seen:
+        columns = min(len(seen), 8)
+        rows = math.ceil(len(seen) / columns)
+        size = {"width": max(1.7 * columns, 4), "height": 2.2 * rows + 0.6}
+        title = "What the network saw"
+        with metrics.picture(
+            command.save_picture, title, rows, columns, squeeze=False, **size
+        ) as panels:
+            for axes in panels.flat:
+                axes.axis("off")
+            for axes, (name, answer, image) in zip(panels.flat, seen, strict=False):
+                axes.imshow(image, cmap="gray", vmin=0, vmax=1)
+                axes.set_title(f"{name[-18:]}\n{answer}", fontsize=10)
+    return 1 if n_failed else 0
+
+
+def run_benchmark(command: BenchmarkCommand) -> None:
+    """Measure, save benchmark.csv, draw it, and print the ratios: our time over the other's."""
+    device = command.torch_device
+    folder = folder_of(command.out, "figures")
+    if command.smoke and command.out is None:
+        folder = Path(tempfile.mkdtemp()) / "stage1"
+    repeats = 1 if command.smoke else 5
+    with claimed(folder):
+        print(f"benchmark of stage 1 on {device_name(device)}, results in {folder}")
+        data = load_data(command.data_dir, command.download)
+        data = Data(*(Split(*(part.to(device) for part in split)) for split in data))
+        rows = []
+        print("an epoch, beside a DataLoader's …")
+        rows += time_epoch(
+            data, command.data_dir, device, repeats, n_train=640 if command.smoke else 11_000
+        )
+        print("training steps, beside their matrix products …")
+        rows += time_steps(data, device, repeats, n_steps=5 if command.smoke else 100)
+        print("a report of a million predictions, beside scikit-learn's matrix …")
+        rows += time_report(repeats)
+        print("a sweep by two workers, beside one …")
+        rows += time_sweep(command.data_dir, device, command.smoke)
+        origin = origin_of_rows() | {"device": device_name(device)}
+        rows = [{"experiment": "benchmark"} | row | origin for row in rows]
+        metrics.replace_rows(folder, {"benchmark": rows}, ["experiment"], [])
+        benchmarks = metrics.load_rows(folder / "benchmark.csv")
+        metrics.draw_ratios(
+            folder / "benchmark.png", benchmarks, "Speed beside what a user would take"
+        )
+        if (folder / "runs.csv").exists():
+            write_summary(folder)
+    for row in rows:
+        print(f"{row['name']}: {row['ratio']:.2f} (lower is better)")
 
 
 if __name__ == "__main__":
