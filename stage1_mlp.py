@@ -742,7 +742,7 @@ def execute(run: Run, arrays: tuple, device: str, origin: dict, every_minute: bo
         ]
     row["seconds"] = last["seconds"]
     row["parameters"] = sum(p.numel() for p in model.parameters())
-    row |= origin | {"device": device_name(device), "threads": torch.get_num_threads()}
+    row |= origin | {"threads": torch.get_num_threads()}
     return {"tables": {**tables, "runs": [row]}, "weights": weights}
 
 
@@ -1627,7 +1627,7 @@ def device_name(device: str) -> str:
     return f"{device} ({torch.backends.cpu.get_cpu_capability()})"
 
 
-def origin_of_rows() -> dict:
+def origin_of_rows(device: str) -> dict:
     """What rows say of where they come from: commit and versions."""
 
     def git(*words: str) -> str:
@@ -1639,7 +1639,7 @@ def origin_of_rows() -> dict:
         commit = git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
-    return {"commit": commit, "torch": torch.__version__}
+    return {"commit": commit, "torch": torch.__version__, "device": device}
 
 
 def train_runs(
@@ -1678,7 +1678,7 @@ def executed(
 ) -> Iterator[dict]:
     """What `execute` gives for each run, as it ends: here, by worker processes, or by Dask's."""
     arrays = tuple(tuple(part.numpy() for part in split) for split in data)
-    origin = origin_of_rows()
+    origin = origin_of_rows(device_name(device))
     jobs = []
     for number, run in enumerate(runs):
         target = f"cuda:{number % torch.cuda.device_count()}" if device == "cuda" else device
@@ -1769,7 +1769,7 @@ def train_one(command: TrainCommand) -> None:
             row |= {f"test_{key}": score for key, score in scores.items() if key != "confusion"}
         row["seconds"] = history[-1]["seconds"]
         row["parameters"] = sum(p.numel() for p in model.parameters())
-        row |= origin_of_rows() | {
+        row |= origin_of_rows(device_name(device)) | {
             "device": device_name(device),
             "threads": torch.get_num_threads(),
         }
@@ -1848,7 +1848,7 @@ def run_benchmark(command: BenchmarkCommand) -> None:
         rows += time_report(repeats)
         print("a sweep by two workers, beside one …")
         rows += time_sweep(command.data_dir, device, command.smoke)
-        origin = origin_of_rows() | {"device": device_name(device)}
+        origin = origin_of_rows(device_name(device)) 
         rows = [{"experiment": "benchmark"} | row | origin for row in rows]
         metrics.replace_rows(folder, {"benchmark": rows}, ["experiment"], [])
         benchmarks = metrics.load_rows(folder / "benchmark.csv")
