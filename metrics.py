@@ -1,12 +1,13 @@
-"""Classification metrics by hand (评估指标), the tables of finished runs, and the pictures the three stages share.
+"""Classification metrics by hand (评估指标); tables and pictures that the three stages share.
 
-Everything in part 1 follows from the confusion matrix (混淆矩阵): its row is the true class, its column the predicted one.
+Everything in part 1 follows from the confusion matrix (混淆矩阵), whose row is the true class and
+whose column the predicted one.
 
                  predicted c      predicted other
     true c       TP  真正例        FN  假反例            precision 精确率 = TP / (TP + FP)
     true other   FP  假正例        TN  真反例            recall    召回率 = TP / (TP + FN)
 
-    accuracy 准确率 = (TP + TN) / (TP + TN + FP + FN) for two classes; for C classes the share of the diagonal
+    accuracy 准确率 = (TP + TN) / (TP + TN + FP + FN); of C classes, the share of the diagonal
     F1值 = 2 · precision · recall / (precision + recall) = 2 TP / (2 TP + FP + FN)
 
     1. Metrics   2. Tables   3. Pictures
@@ -31,14 +32,14 @@ import seaborn as sns
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from scipy import stats
 
 # -------- 1. Metrics ------------------------------------------------------------------------------
 
 
 class Counts(NamedTuple):
-    """How often each class was rightly named, wrongly named, missed, rightly left alone: (C,) int64."""
+    """Of each class: rightly named, wrongly named, missed, rightly left alone; (C,) int64."""
 
     tp: torch.Tensor  # true positives, 真正例
     fp: torch.Tensor  # false positives, 假正例
@@ -62,7 +63,7 @@ def confusion_matrix(predicted, target, n_classes: int) -> torch.Tensor:
     target = check_labels("target", target, n_classes, device)
     if len(predicted) != len(target):
         raise ValueError(f"{len(predicted)} predicted labels for {len(target)} targets")
-    # a pair (true, predicted) is one cell of the matrix laid out flat: one count, no loop over samples
+    # a pair (true, predicted) is one cell of the matrix laid out flat: no loop over samples
     cells = torch.bincount(target * n_classes + predicted, minlength=n_classes * n_classes)
     return cells.view(n_classes, n_classes)
 
@@ -96,13 +97,13 @@ def precision(matrix, average: str | None = None, zero_division: float = 0.0):
 
 
 def recall(matrix, average: str | None = None, zero_division: float = 0.0):
-    """召回率 TP / (TP + FN): of the samples that are c, the share named c. Arguments as `precision`."""
+    """召回率 TP / (TP + FN): of the samples that are c, the share named c; else as `precision`."""
     c = counts(matrix)
     return average_ratio(c.tp, c.tp + c.fn, c.tp + c.fn, average, zero_division)
 
 
 def f1(matrix, average: str | None = None, zero_division: float = 0.0):
-    """F1值 2 TP / (2 TP + FP + FN), the harmonic mean of precision and recall. Arguments as `precision`.
+    """F1值 2 TP / (2 TP + FP + FN), the harmonic mean of precision and recall; else as `precision`.
 
     Macro-F1 is the mean of the classes' F1, not the F1 of the mean precision and mean recall.
     """
@@ -131,7 +132,7 @@ def average_ratio(numerator, denominator, support, average, zero_division):
 
 
 def scores(matrix) -> dict[str, float]:
-    """The four figures every run is judged by: accuracy, macro precision, macro recall, macro F1."""
+    """What every run is judged by: accuracy, and macro precision, recall and F1."""
     return {
         "accuracy": accuracy(matrix),
         "macro_precision": precision(matrix, "macro"),
@@ -141,7 +142,7 @@ def scores(matrix) -> dict[str, float]:
 
 
 def report(matrix, class_names=None) -> str:
-    """A table to read: precision, recall, F1, support of every class, then accuracy and averages."""
+    """A table to read: precision, recall, F1 and support of every class, then the averages."""
     matrix = check_matrix(matrix)
     names = [str(name) for name in (range(len(matrix)) if class_names is None else class_names)]
     if len(names) != len(matrix):
@@ -178,9 +179,7 @@ def check_labels(name: str, values, n_classes: int, device) -> torch.Tensor:
         values = torch.from_numpy(array.astype(np.int64))
     if values.ndim != 1 or len(values) == 0:
         shape = tuple(values.shape)
-        raise ValueError(
-            f"{name} must be a non-empty list of labels, shape (N,), not shape {shape}"
-        )
+        raise ValueError(f"{name} must be a non-empty list of labels, (N,), not of shape {shape}")
     if values.is_floating_point() or values.is_complex():
         raise ValueError(f"{wanted}, not {values.dtype} such as {values[0].item()}")
     labels = values.to(device, torch.int64)
@@ -191,7 +190,7 @@ def check_labels(name: str, values, n_classes: int, device) -> torch.Tensor:
 
 
 def check_matrix(matrix) -> torch.Tensor:
-    """A confusion matrix as int64 (C, C) on the CPU, where float64 exists everywhere; else ValueError."""
+    """A confusion matrix as int64 (C, C) on the CPU, where float64 exists; else ValueError."""
     if not isinstance(matrix, torch.Tensor):
         matrix = torch.as_tensor(np.asarray(matrix))
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
@@ -211,28 +210,26 @@ RUN = ["experiment", "value", "seed"]  # the columns that name a run
 
 
 def load_rows(path: Path, as_text: bool = False) -> pd.DataFrame:
-    """A saved table, or an empty one if there is no such file. ValueError names a file that is no table.
+    """A saved table, or an empty one if there is no such file; ValueError names a damaged one.
 
-    as_text leaves every cell as it was written, so that what is saved again stays the same.
+    as_text leaves every cell as it was written, so that saving it again changes nothing.
     """
     if not path.exists():
         return pd.DataFrame(columns=RUN)
-    text = {"dtype": str, "keep_default_na": False} if as_text else {"dtype": {"value": str}}
+    kinds = {"dtype": str, "keep_default_na": False} if as_text else {"dtype": {"value": str}}
     try:
-        with open(
-            path, encoding="utf-8-sig", newline=""
-        ) as file:  # Excel puts a mark before the first
-            rows = pd.read_csv(file, on_bad_lines="error", **text)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged: {error}; delete it, or bring it back") from None
-    if "experiment" not in rows or rows["experiment"].isna().any():
+        with open(path, encoding="utf-8-sig", newline="") as file:  # Excel begins with a mark
+            rows = pd.read_csv(file, **kinds)
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error}): delete it, or bring it back") from None
+    if "experiment" not in rows or not rows["experiment"].astype(bool).all():
         raise ValueError(f"{path} is damaged: not every row names its experiment")
     return rows
 
 
 @contextlib.contextmanager
 def written_aside(path: Path):
-    """Give a path to write to and rename it when it is complete: nobody ever meets half a file."""
+    """Give a path to write to, and rename it once it is complete: nobody ever meets half a file."""
     aside = path.with_name(f"{path.name}.{os.getpid()}.aside")
     try:
         yield aside
@@ -242,7 +239,6 @@ def written_aside(path: Path):
 
 
 def save_rows(path: Path, rows: pd.DataFrame) -> None:
-    """Save a table as CSV, aside and renamed."""
     with written_aside(path) as aside, open(aside, "w", encoding="utf-8", newline="") as file:
         rows.to_csv(file, index=False, lineterminator="\n")
 
@@ -252,50 +248,56 @@ def cell_text(value) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def names_of(rows: pd.DataFrame, columns: list[str]) -> pd.Series:
-    """Of every row the given columns as one text, to find rows of the same run."""
-    return rows[columns].astype(str).agg("\t".join, axis=1) if len(rows) else pd.Series(dtype=str)
+def names_of(rows: pd.DataFrame) -> pd.Series:
+    """The run that each row belongs to, or its experiment where rows are of no run, as one text."""
+    columns = [column for column in RUN if column in rows]
+    if rows.empty:
+        return pd.Series(dtype=str)
+    return rows[columns].astype(str).agg("\t".join, axis=1)
 
 
-def replace_rows(
-    folder: Path, tables: dict[str, list[dict]], by: list[str], order: list[str]
-) -> None:
-    """Put rows into the folder's tables {name: rows}, in place of those that agree with them in `by`.
+def replace_rows(folder: Path, tables: dict[str, list[dict]], order: list[tuple]) -> None:
+    """Put rows {table: [row]} into the folder's tables, in place of those of the same runs.
 
-    Rows stand in the order of their names (experiment, value) in `order`, then by seed. runs.csv is
-    written last: a kill in between leaves rows of no run, which `drop_rows_of_no_run` removes.
+    Rows stand in the `order` of their (experiment, value), then by seed. runs.csv comes last: a
+    kill before it leaves rows of no run, which `drop_rows_of_no_run` removes.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in sorted(tables, key=lambda name: name == "runs"):
-        path = folder / f"{name}.csv"
-        old = load_rows(path, as_text=True)
-        new = pd.DataFrame(tables[name]).map(cell_text)
-        kept = old[~names_of(old, by).isin(names_of(new, by))] if len(old) else old
-        rows = pd.concat([kept, new], ignore_index=True) if len(kept) else new
-        if set(RUN) <= set(rows):
-            place = {key: i for i, key in enumerate(order)}
-            places = names_of(rows, RUN[:2]).map(place).fillna(len(place))
-            seeds = rows["seed"].astype(int)
-            rows = rows.iloc[np.lexsort((seeds, places))]  # stable: steps stay in their order
+    place = {name: i for i, name in enumerate(order)}
+    for table in sorted(tables, key="runs".__eq__):
+        path = folder / f"{table}.csv"
+        rows = pd.DataFrame(tables[table]).map(cell_text)
+        kept = load_rows(path, as_text=True)
+        kept = kept[~names_of(kept).isin(names_of(rows))]
+        if len(kept):
+            rows = pd.concat([kept, rows], ignore_index=True).fillna("")
+        if "seed" in rows:
+            keys = zip(rows["experiment"], rows["value"], strict=True)
+            places = [place.get(key, len(place)) for key in keys]
+            rows = rows.iloc[np.lexsort((rows["seed"].astype(int), places))]  # stable within a run
         save_rows(path, rows)
 
 
+def remove_runs(folder: Path, experiments: list[str]) -> None:
+    """Forget the experiments' runs and all that is known of them."""
+    runs = load_rows(folder / "runs.csv", as_text=True)
+    if len(runs):
+        save_rows(folder / "runs.csv", runs[~runs["experiment"].isin(experiments)])
+        drop_rows_of_no_run(folder)
+
+
 def drop_rows_of_no_run(folder: Path) -> None:
-    """Remove what a killed job left behind: half-written files, and rows whose run is not in runs.csv."""
+    """Remove what a killed job left: half-written files, and rows whose run is not in runs.csv."""
     for aside in folder.glob("*.aside"):
         aside.unlink(missing_ok=True)
-    known = names_of(load_rows(folder / "runs.csv", as_text=True), RUN)
+    runs = names_of(load_rows(folder / "runs.csv", as_text=True))
     for path in folder.glob("*.csv"):
         rows = load_rows(path, as_text=True)
-        if path.name == "runs.csv" or not set(RUN) <= set(rows) or rows.empty:
-            continue
-        has_run = names_of(rows, RUN).isin(known)
-        if not has_run.all():
-            save_rows(path, rows[has_run])
+        if "seed" in rows and not names_of(rows).isin(runs).all():
+            save_rows(path, rows[names_of(rows).isin(runs)])
 
 
 class Summary(NamedTuple):
-    """Mean of n values, sample standard deviation, and half the width of the 95 % t interval."""
+    """Mean of n values, standard deviation (n - 1), half the width of the 95 % t interval."""
 
     mean: float
     std: float  # nan for one value
@@ -307,44 +309,78 @@ class Summary(NamedTuple):
 
 
 def summarise(values: Iterable[float]) -> Summary:
-    """Mean, standard deviation (n - 1) and t interval of some seeds' values; not finite if one is not."""
+    """What n seeds gave; not finite as soon as one of them is not."""
     values = np.asarray(list(values), dtype=float)
     n = len(values)
     if n < 2:
-        return Summary(values.mean() if n else math.nan, math.nan, math.nan, n)
-    std = values.std(ddof=1)
-    return Summary(values.mean(), std, stats.t.ppf(0.975, n - 1) * std / math.sqrt(n), n)
+        return Summary(values.sum() if n else math.nan, math.nan, math.nan, n)
+    with np.errstate(invalid="ignore"):
+        std = values.std(ddof=1)
+    half = stats.t.ppf(0.975, n - 1) * std / math.sqrt(n)
+    return Summary(values.mean(), std, half, n)
 
 
-def markdown(rows: list[dict]) -> str:
-    """A Markdown table of rows {column: cell}; cells stand as they are, numbers to the right."""
-    return pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
+def markdown(rows: list[dict] | pd.DataFrame) -> str:
+    """A Markdown table of rows {column: cell}, the first column left, the others right."""
+    cells = pd.DataFrame(rows).map(cell_text)
+    sides = ("left", *["right"] * (cells.shape[1] - 1))
+    return cells.to_markdown(index=False, disable_numparse=True, colalign=sides)
 
 
-def score_table(runs: pd.DataFrame, prefix: str, by: str = "value", name: str = "") -> list[dict]:
-    """A row for every value of column `by`: accuracy, its interval, F1 and loss over the seeds.
+def score_table(runs: pd.DataFrame, images: str, by: str = "value", heading: str = "") -> str:
+    """Markdown, a line for every value of column `by`: accuracy, its interval, macro F1 and loss.
 
-    `prefix` is "val_" or "test_" or "", as the columns of `runs` begin. Accuracy and F1 in %.
+    `images` is "val_" or "test_". Accuracy and F1 in %, mean ± standard deviation over n seeds.
     """
     table = []
     for value, found in runs.groupby(by, sort=False):
-        accuracies = summarise(100 * found[f"{prefix}accuracy"])
-        row = {name or by: value, "accuracy %": str(accuracies)}
-        low, high = accuracies.mean - accuracies.half, accuracies.mean + accuracies.half
-        row["95 % interval"] = f"{low:.2f} … {high:.2f}" if accuracies.n > 1 else "–"
-        row["macro F1 %"] = str(summarise(100 * found[f"{prefix}macro_f1"]))
-        losses = found[f"{prefix}loss"]
-        row["loss (nats)"] = f"{losses.mean():.4f}" if np.isfinite(losses).all() else "not finite"
-        row["n"] = accuracies.n
-        if "status" in found and (found["status"] == "diverged").any():
-            row["n"] = f"{accuracies.n}, {(found['status'] == 'diverged').sum()} diverged"
-        table.append(row)
-    return table
+        accuracy = summarise(100 * found[f"{images}accuracy"])
+        n_diverged = (found["status"] == "diverged").sum()
+        low = max(accuracy.mean - accuracy.half, 0.0)
+        high = min(accuracy.mean + accuracy.half, 100.0)
+        table.append(
+            {
+                heading or by: value,
+                "accuracy %": str(accuracy),
+                "95 % t interval": f"{low:.2f} … {high:.2f}" if accuracy.n > 1 else "–",
+                "macro F1 %": str(summarise(100 * found[f"{images}macro_f1"])),
+                "loss (nats)": f"{found[f'{images}loss'].mean(skipna=False):.4f}",
+                "parameters": f"{found['parameters'].iloc[0]:,.0f}",
+                "n": f"{accuracy.n}, {n_diverged} diverged" if n_diverged else str(accuracy.n),
+            }
+        )
+    return markdown(table)
+
+
+def fault_table(faults: pd.DataFrame, symptoms: dict[str, str]) -> str:
+    """Markdown, a line a fault: its sign, what is measured, and the number broken and mended."""
+    table = []
+    for name, rows in faults.groupby("fault", sort=False):
+        row = {"fault": name, "sign": symptoms[name], "measured": rows["measured"].iloc[0]}
+        for variant in ("broken", "mended"):
+            found = rows[rows["variant"] == variant]
+            number = summarise(found["number"])
+            spread = f" ± {number.std:.2g}" if number.n > 1 else ""
+            value = found["value"].iloc[0] if len(found) else "–"
+            row[variant] = f"{value}: {number.mean:.3g}{spread}"
+        table.append(row | {"n": rows["seed"].nunique()})
+    return markdown(table)
+
+
+def write_sections(path: Path, title: str, sections: dict[str, list[str]]) -> None:
+    """A Markdown file: title, what ± means, contents, and the sections {heading: paragraphs}."""
+    note = "Mean ± sample standard deviation over n seeds, and the 95 % t interval of the mean."
+    contents = "\n".join(f"- {heading}" for heading in sections)
+    parts = [f"# {title}", note, contents]
+    for heading, paragraphs in sections.items():
+        parts += [f"## {heading}", *paragraphs]
+    with written_aside(path) as aside:
+        aside.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
 # -------- 3. Pictures -----------------------------------------------------------------------------
 
-# eight colours that people with any colour vision tell apart (Okabe and Ito 2008), for unordered things
+# colours that people with any colour vision tell apart (Okabe and Ito 2008), for unordered things
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"]
 STYLE = {
     "font.size": 12,
@@ -383,19 +419,27 @@ def colors_of(values: list, ordered: bool) -> dict:
 
 
 def t_interval(values) -> tuple[float, float]:
-    """Ends of the 95 % t interval of the mean, for seaborn's error bars; the value itself if alone."""
+    """Ends of the 95 % t interval of the mean, for seaborn; of one value, the value itself."""
     found = summarise(values)
     half = 0.0 if math.isnan(found.half) else found.half
     return found.mean - half, found.mean + half
 
 
-def log_scale(axis, low: float, high: float) -> None:
-    """Make an axis logarithmic, with plain numbers at 1, 2, 5 … or, within a decade, more of them."""
-    axes = axis.axes
-    (axes.set_xscale if axis is axes.xaxis else axes.set_yscale)("log")
-    decades = math.log10(high / low) if 0 < low < high else 1.0
+def bands_of(rows: pd.DataFrame) -> str:
+    """What the bands and bars of these rows are, for a title."""
+    n_seeds = rows["seed"].nunique()
+    return f"(mean, lowest and highest of {n_seeds} seeds)" if n_seeds > 1 else "(1 seed)"
+
+
+def log_scale(axis, numbers: pd.Series) -> None:
+    """Make the axis of these numbers logarithmic, with plain ticks: 1, 2, 5 …"""
+    positive = numbers[np.isfinite(numbers) & (numbers > 0)]
+    if positive.empty:
+        return
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    decades = math.log10(positive.max() / positive.min())
     steps = (1, 1.5, 2, 3, 4, 5, 7) if decades < 1 else (1, 2, 5) if decades < 3 else (1,)
-    axis.set_major_locator(matplotlib.ticker.LogLocator(subs=steps))
+    axis.set_major_locator(LogLocator(subs=steps))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_locator(NullLocator())
 
@@ -406,208 +450,192 @@ def legend_beside(axes: Axes, title: str | None = None) -> None:
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), title=title, fontsize=10)
 
 
+def draw_line(axes: Axes, rows: pd.DataFrame, x: str, y: str, **style) -> None:
+    """seaborn's line of the mean of y over x with its band; what is not finite is left out."""
+    finite = rows[np.isfinite(rows[y])]
+    if len(finite):
+        sns.lineplot(finite, x=x, y=y, ax=axes, legend=False, **style)
+
+
 def draw_curves(path: Path, history: pd.DataFrame, title: str) -> None:
     """The course of training: loss and accuracy, of training and of validation images alike.
 
     Lines are means over seeds, bands go from the lowest to the highest seed. Both losses are the
     plain cross-entropy in evaluation mode, so that the gap between them means something.
     """
-    n_seeds = history["seed"].nunique()
-    names = {"train": "training images", "val": "validation images"}
-    bands = f"mean, lowest and highest of {n_seeds} seeds" if n_seeds > 1 else "1 seed"
-    with picture(path, f"{title} ({bands})", n_columns=2) as (left, right):
-        for (part, name), color in zip(names.items(), COLORS, strict=False):
+    percent = history.copy()
+    percent[["train_accuracy", "val_accuracy"]] *= 100
+    with picture(path, f"{title}\n{bands_of(history)}", n_columns=2) as (left, right):
+        for part, name, color in (
+            ("train", "training images", COLORS[0]),
+            ("val", "validation images", COLORS[1]),
+        ):
             style = {"errorbar": ("pi", 100), "color": color, "label": name}
-            draw_line(left, history, "step", f"{part}_loss", **style)
-            percent = history.assign(**{f"{part}_accuracy": 100 * history[f"{part}_accuracy"]})
+            draw_line(left, percent, "step", f"{part}_loss", **style)
             draw_line(right, percent, "step", f"{part}_accuracy", **style)
-        losses = history[["train_loss", "val_loss"]].to_numpy()
-        losses = losses[np.isfinite(losses)]
-        if len(losses) and losses.min() > 0:
-            log_scale(left.yaxis, losses.min(), losses.max())
+        log_scale(left.yaxis, pd.concat([percent["train_loss"], percent["val_loss"]]))
         left.set(xlabel="training step", ylabel="loss (nats, log scale)")
         right.set(xlabel="training step", ylabel="accuracy (%)")
-        accuracies = 100 * history[["train_accuracy", "val_accuracy"]].to_numpy()
-        if accuracies.max() > 80:  # the last points are what matters
-            right.set_ylim(max(accuracies.min(), 2 * np.median(accuracies) - 100), 100.1)
+        middle = percent["val_accuracy"].median()
+        if middle > 80:  # the end is what matters, not the first rise
+            right.set_ylim(2 * middle - 100, 100.1)
         left.legend()
         right.legend(loc="lower right")
-
-
-def draw_line(axes: Axes, rows: pd.DataFrame, x: str, y: str, **style) -> None:
-    """seaborn's line of the mean of y over x, with its band; rows that are not finite are left out."""
-    finite = rows[np.isfinite(rows[y])]
-    if len(finite):
-        sns.lineplot(finite, x=x, y=y, ax=axes, legend=False, **style)
 
 
 def draw_sweep(
     path: Path, runs: pd.DataFrame, history: pd.DataFrame, title: str, varied: str, ordered=True
 ) -> None:
-    """What one setting does: validation accuracy of every value, and its loss in the course of training.
+    """What one setting does: each value's validation accuracy, and its loss during training.
 
-    Bars are the 95 % t interval of the mean over seeds, bands go from the lowest to the highest seed.
+    Bars are the 95 % t interval of the mean, bands go from the lowest to the highest seed.
     """
-    values = list(dict.fromkeys(runs["value"]))
     n_seeds = runs["seed"].nunique()
-    colors = colors_of(values, ordered)
     bars = f"{n_seeds} seeds: 95 % t interval left, range right" if n_seeds > 1 else "1 seed"
+    colors = colors_of(list(dict.fromkeys(runs["value"])), ordered)
+    runs = runs.assign(percent=100 * runs["val_accuracy"])
     with picture(path, f"{title}\n({bars})", n_columns=2, width=13, height=5) as (left, right):
-        draw_points(
-            left, runs.assign(percent=100 * runs["val_accuracy"]), "value", "percent", colors
-        )
+        draw_points(left, runs, "value", "percent", colors)
         left.set(xlabel=varied, ylabel="validation accuracy (%)")
-        kept = history[history["value"].isin(runs.loc[runs["status"] == "ok", "value"])]
         for value, rows in history.groupby("value", sort=False):
             style = {"color": colors[value], "label": value, "errorbar": ("pi", 100)}
             draw_line(right, rows, "step", "val_loss", marker="o", markersize=4, **style)
-        losses = kept.loc[np.isfinite(kept["val_loss"]) & (kept["val_loss"] > 0), "val_loss"]
+        well = history["value"].isin(runs.loc[runs["status"] == "ok", "value"])
+        losses = history.loc[well & np.isfinite(history["val_loss"]), "val_loss"]
+        log_scale(right.yaxis, losses)
         if len(losses):  # a run that diverged leaves the picture at the top
-            log_scale(right.yaxis, losses.min(), losses.max())
             right.set_ylim(0.9 * losses.min(), 1.1 * losses.max())
         lengths = history.groupby("value")["step"].max()
         if lengths.max() > 10 * lengths.min():
-            log_scale(right.xaxis, history["step"].min(), lengths.max())
+            log_scale(right.xaxis, history["step"])
         right.set(xlabel="training step", ylabel="validation loss (nats, log scale)")
         legend_beside(right, varied)
 
 
 def draw_points(axes: Axes, rows: pd.DataFrame, x: str, y: str, colors: dict) -> None:
-    """A point for every value of x, with its t interval and, above it, the mean."""
-    sns.pointplot(
-        rows,
-        x=x,
-        y=y,
-        hue=x,
-        palette=colors,
-        errorbar=t_interval,
-        capsize=0.15,
-        ax=axes,
-        legend=False,
-    )
+    """A point for every value of x with its t interval, and its mean as a number."""
+    style = {"hue": x, "palette": colors, "errorbar": t_interval, "capsize": 0.15}
+    sns.pointplot(rows, x=x, y=y, ax=axes, legend=False, **style)
     means = rows.groupby(x, sort=False)[y].mean()
     for place, mean in enumerate(means):
-        offset = {"xytext": (6, 6), "textcoords": "offset points", "fontsize": 10}
-        axes.annotate(f"{mean:.2f}", (place, mean), **offset)
-    longest = max(len(str(value)) for value in means.index)
-    if longest * len(means) > 48:
-        axes.tick_params("x", rotation=40)
+        text = {"xytext": (6, 6), "textcoords": "offset points", "fontsize": 10}
+        axes.annotate(f"{mean:.2f}", (place, mean), **text)
+    if sum(len(str(value)) for value in means.index) > 45:
+        axes.tick_params("x", rotation=35)
         for label in axes.get_xticklabels():
             label.set_horizontalalignment("right")
 
 
 def draw_lines(
-    path: Path, rows: pd.DataFrame, x: str, y: str, by: str, title: str, **labels
+    path: Path,
+    rows: pd.DataFrame,
+    columns: tuple[str, str, str],
+    title: str,
+    logarithmic="xy",
+    **labels,
 ) -> None:
-    """One line for each value of column `by`: the mean of y over x with its 95 % t interval.
+    """Columns (x, y, by): for each `by` the mean of y over x, with lowest and highest seed.
 
-    `labels` are matplotlib's: xlabel, ylabel, and xscale="log", yscale="log" for plain log axes.
+    `logarithmic` names the axes that are; `labels` are matplotlib's xlabel and ylabel.
     """
-    scales = {name: labels.pop(name, "linear") for name in ("xscale", "yscale")}
-    with picture(path, title, width=9.5) as axes:
-        colors = colors_of(list(dict.fromkeys(rows[by])), ordered=False)
+    x, y, by = columns
+    rows = rows[np.isfinite(rows[y])]
+    colors = colors_of(list(dict.fromkeys(rows[by])), ordered=False)
+    with picture(path, f"{title}\n{bands_of(rows)}", width=10) as axes:
         for name, found in rows.groupby(by, sort=False):
-            style = {"errorbar": t_interval, "err_style": "bars", "err_kws": {"capsize": 4}}
+            style = {"errorbar": ("pi", 100), "err_style": "bars", "err_kws": {"capsize": 4}}
             draw_line(axes, found, x, y, marker="o", color=colors[name], label=name, **style)
-        for axis, column, scale in (
-            (axes.xaxis, x, scales["xscale"]),
-            (axes.yaxis, y, scales["yscale"]),
-        ):
-            positive = rows.loc[np.isfinite(rows[column]) & (rows[column] > 0), column]
-            if scale == "log" and len(positive):
-                log_scale(axis, positive.min(), positive.max())
+        if "x" in logarithmic:
+            log_scale(axes.xaxis, rows[x])
+        if "y" in logarithmic:
+            log_scale(axes.yaxis, rows[y])
         axes.set(**labels)
         legend_beside(axes)
 
 
 def draw_heatmap(
-    path: Path, rows: pd.DataFrame, index: str, columns: str, y: str, title: str, **labels
+    path: Path,
+    rows: pd.DataFrame,
+    columns: tuple[str, str, str],
+    title: str,
+    colorbar: str,
+    **labels,
 ) -> None:
-    """A cell for every pair of index and column: the mean of y and, below it, its lowest and highest."""
-    table = rows.pivot_table(y, index, columns, aggfunc=["mean", "min", "max"])
-    mean, low, high = table["mean"], table["min"], table["max"]
+    """Columns (down, across, number): in a cell the mean and, below, lowest and highest seed."""
+    down, across, number = columns
+    order = {"index": rows[down].unique(), "columns": rows[across].unique()}
+    table = rows.pivot_table(number, down, across, aggfunc=["mean", "min", "max"])
+    mean, low, high = (table[name].reindex(**order) for name in ("mean", "min", "max"))
     cells = mean.map("{:.2f}".format)
-    if rows.groupby([index, columns]).size().max() > 1:
-        cells = cells + "\n" + low.map("{:.2f}".format) + " … " + high.map("{:.2f}".format)
-    with picture(path, title, width=10, height=5.5) as axes:
-        label = {"label": labels.pop("colorbar")}
-        sns.heatmap(
-            mean,
-            annot=cells,
-            fmt="",
-            cmap="crest",
-            ax=axes,
-            cbar_kws=label,
-            annot_kws={"fontsize": 10},
-        )
+    if rows["seed"].nunique() > 1:
+        cells += "\n" + low.map("{:.2f}".format) + " … " + high.map("{:.2f}".format)
+    with picture(path, f"{title}\n{bands_of(rows)}", width=10, height=5.5) as axes:
+        bar = {"label": colorbar}
+        sns.heatmap(mean, annot=cells, fmt="", cmap="crest", ax=axes, cbar_kws=bar)
+        axes.tick_params("y", rotation=0)
+        axes.grid(False)
         axes.set(**labels)
 
 
 def draw_confusion(path: Path, matrix, class_names, title: str) -> None:
-    """The confusion matrix: counts in the cells, colour by share of the true class (log: errors show)."""
+    """The confusion matrix: counts in the cells, colour by share of the true class (log scale)."""
     matrix = check_matrix(matrix).numpy()
     share = 100 * matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
-    counts_or_dot = np.where(matrix > 0, np.char.mod("%d", matrix), "·")
-    norm = matplotlib.colors.LogNorm(vmin=0.05, vmax=100)
-    names = {"xticklabels": class_names, "yticklabels": class_names}
+    cells = np.where(matrix > 0, np.char.mod("%d", matrix), "·")
+    style = {
+        "norm": matplotlib.colors.LogNorm(vmin=0.05, vmax=100),  # so that errors show
+        "cbar_kws": {"label": "share of the true class (%, log scale)", "format": "%g"},
+        "xticklabels": class_names,
+        "yticklabels": class_names,
+    }
     with picture(path, title, width=8.5, height=7.5) as axes:
-        sns.heatmap(
-            np.maximum(share, 0.05), annot=counts_or_dot, fmt="", cmap="Blues", norm=norm, square=True, ax=axes,
-            cbar_kws={"label": "share of the true class (%, log scale)", "format": "%g"}, **names,
-        )  # fmt: skip
+        share = np.maximum(share, 0.05)
+        sns.heatmap(share, annot=cells, fmt="", cmap="Blues", square=True, ax=axes, **style)
         axes.set(xlabel="predicted class", ylabel="true class")
         axes.tick_params("y", rotation=0)
+        axes.grid(False)
 
 
 def draw_faults(path: Path, rows: pd.DataFrame, title: str) -> None:
-    """A panel for each fault: the number that was measured, broken and mended, each by its own name.
+    """A panel a fault: the number that was measured, broken and mended, each by its own name.
 
     `rows`: fault, measured (what the number is), variant "broken" or "mended", value, number.
     """
-    faults = list(dict.fromkeys(rows["fault"]))
-    n_rows = math.ceil(len(faults) / 2)
-    with picture(
-        path, title, n_rows, 2, width=13, height=1.75 * n_rows + 0.8, squeeze=False
-    ) as panels:
-        for axes, fault in zip(panels.flat, faults, strict=False):
-            found = rows[rows["fault"] == fault]
-            colors = {"broken": COLORS[1], "mended": COLORS[0]}
-            variants = list(zip(found["value"], found["variant"], strict=True))
-            palette = {value: colors[variant] for value, variant in variants}
-            sns.barplot(
-                found, y="value", x="number", hue="value", palette=palette, errorbar=t_interval, ax=axes,
-                legend=False, width=0.6, err_kws={"linewidth": 1.5}, capsize=0.2,
-            )  # fmt: skip
+    colors = {"broken": COLORS[1], "mended": COLORS[0]}
+    by_fault = dict(list(rows.groupby("fault", sort=False)))
+    n_rows = math.ceil(len(by_fault) / 2)
+    size = {"width": 13, "height": 1.8 * n_rows + 0.8, "squeeze": False}
+    with picture(path, f"{title}\n{bands_of(rows)}", n_rows, 2, **size) as panels:
+        for axes, (fault, found) in zip(panels.flat, by_fault.items(), strict=False):
+            found = found.sort_values("variant", kind="stable")  # broken above mended
+            names = found.drop_duplicates("value")
+            palette = dict(zip(names["value"], names["variant"].map(colors), strict=True))
+            style = {"hue": "value", "palette": palette, "errorbar": ("pi", 100), "capsize": 0.2}
+            sns.barplot(found, y="value", x="number", ax=axes, legend=False, width=0.6, **style)
             means = found.groupby("value", sort=False)["number"].mean()
+            largest = means.max()
             for place, mean in enumerate(means):
-                label = f"{mean:.3g}" if np.isfinite(mean) else "not finite"
-                at = max(mean, 0) if np.isfinite(mean) else 0
-                box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}
-                offset = {"xytext": (8, 9), "textcoords": "offset points"}
-                axes.annotate(
-                    f" {label}", (at, place), va="center", fontsize=11, bbox=box, **offset
-                )
+                label = {"transform": axes.get_yaxis_transform(), "va": "center", "fontsize": 12}
+                axes.text(1.01, place, f"{mean:.3g}", **label)
             axes.set_title(fault, loc="left")
             axes.set(xlabel=found["measured"].iloc[0], ylabel="")
             axes.xaxis.set_major_locator(MaxNLocator(5))
-            axes.margins(x=0.18)
-        for axes in panels.flat[len(faults) :]:
+            if largest > 0:
+                axes.set_xlim(left=min(0, means.min()))
+        for axes in panels.flat[len(by_fault) :]:
             axes.remove()
 
 
 def draw_ratios(path: Path, rows: pd.DataFrame, title: str) -> None:
-    """A bar for every comparison: our time over the peer's, lower is better, 1 is equal.
+    """A bar for every comparison: the first's time over the second's, lower is better, 1 is equal.
 
-    `rows`: name (of the comparison), ratio; several rows of a name are repeats, whose range is shown.
+    `rows`: name (of the comparison), ratio; of a name's repeats the range is shown.
     """
-    height = 0.55 * rows["name"].nunique() + 1.6
-    with picture(path, title, width=11, height=height) as axes:
-        sns.barplot(
-            rows, y="name", x="ratio", color=COLORS[0], errorbar=("pi", 100), ax=axes, capsize=0.2
-        )
-        for place, ratio in enumerate(rows.groupby("name", sort=False)["ratio"].median()):
-            axes.annotate(
-                f" {ratio:.2f}", (0, place), va="center", color="white", fontweight="bold"
-            )
+    with picture(path, title, width=12, height=0.55 * rows["name"].nunique() + 1.6) as axes:
+        style = {"color": COLORS[0], "errorbar": ("pi", 100), "capsize": 0.2}
+        sns.barplot(rows, y="name", x="ratio", ax=axes, **style)
+        for place, ratio in enumerate(rows.groupby("name", sort=False)["ratio"].mean()):
+            text = {"va": "center", "fontsize": 12, "transform": axes.get_yaxis_transform()}
+            axes.text(1.01, place, f"{ratio:.2f}", **text)
         axes.axvline(1, color=COLORS[1], linestyle="--")
-        axes.set(xlabel="our time / the other's (lower is better, 1 is equal)", ylabel="")
+        axes.set(xlabel="time of the first / time of the second: lower is better", ylabel="")

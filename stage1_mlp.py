@@ -1,7 +1,7 @@
-"""Stage 1: a multilayer perceptron (全连接网络) reads MNIST; what depth, width and training time do to it.
+"""Stage 1: a multilayer perceptron (全连接网络) reads MNIST: what layers, neurons, steps do to it.
 
-    python stage1_mlp.py                              the brief's questions, one seed: 10 minutes on 2 cores
-    python stage1_mlp.py --only depth width --seeds 3    some experiments; --only all: every one
+    python stage1_mlp.py                              the brief's questions, one seed each
+    python stage1_mlp.py --only depth width --seeds 3 some experiments; --only all: every one
     python stage1_mlp.py train --hidden 64 --lr 0.01  one network of your own
     python stage1_mlp.py predict digit.png            what the trained network makes of your images
     python stage1_mlp.py benchmark                    speed, beside what a user would take instead
@@ -15,8 +15,8 @@ Axis letters in shape comments: B batch, C classes, N images, P = 784 pixels, D 
 
 import gzip
 import hashlib
+import io
 import itertools
-import json
 import math
 import os
 import shlex
@@ -27,7 +27,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
 from functools import partial
@@ -40,6 +40,7 @@ import pandas as pd
 import torch
 import tyro
 from filelock import FileLock, Timeout
+from joblib.externals.loky import get_reusable_executor
 from PIL import Image, ImageOps
 from scipy import ndimage
 from torch import Tensor, nn
@@ -49,6 +50,7 @@ from tqdm import tqdm
 import metrics
 
 HERE = Path(__file__).resolve().parent
+SCRIPT = Path(__file__).name
 
 # -------- Config ----------------------------------------------------------------------------------
 
@@ -154,7 +156,7 @@ class DataError(Exception):
 
 
 def read_part(folder: Path, name: str) -> np.ndarray:
-    """One of the four files, from its unpacked form if it is there, else from its .gz: uint8 (N, …).
+    """One of the four files, unpacked if it lies there so, else from its .gz: uint8 (N, …).
 
     Nothing is written. The checksum proves number, shape, values and the right data set at once.
     """
@@ -178,7 +180,7 @@ def read_part(folder: Path, name: str) -> np.ndarray:
 
 
 def load_data(data_dir: Path = HERE / "data", download: bool = False) -> Data:
-    """MNIST whole: 55,000 / 5,000 / 10,000 images, normalised. DataError names a file that is wrong.
+    """MNIST whole: 55,000 / 5,000 / 10,000 images, normalised; DataError names a wrong file.
 
     The validation images are stratified, of every class a twelfth, and always the same.
     """
@@ -251,8 +253,8 @@ def deform(images: Tensor, strength: float = 1.0) -> Tensor:
     # where a pixel is read from: x' = x_from · (1, x, y, xy), likewise y'
     x_from = [right * 1.5 / half, turn.cos() * wide, 0.15 * shear - turn.sin() * high, zero]
     y_from = [down * 1.5 / half, turn.sin() * wide, turn.cos() * high, zero]
-    # the same as a sum over basis functions, Σ_ij basis_i(y) weight_ij basis_j(x): the functions 1 and
-    # the coordinate make the affine part, Gaussian bumps on every 4th pixel the elastic part
+    # the same as a sum over basis functions, Σ_ij basis_i(y) weight_ij basis_j(x): 1 and the
+    # coordinate make the affine part, Gaussian bumps on every 4th pixel the elastic part
     pixel = torch.arange(28.0, device=device)[:, None]
     centre = torch.arange(-4.0, 33.0, 4.0, device=device)
     bumps = torch.exp(-((pixel - centre) ** 2) / (2 * 5.0**2))  # (28, 10)
@@ -294,7 +296,7 @@ class MLP(nn.Module):
         return self.activations(x)[-1]
 
     def activations(self, x: Tensor) -> list[Tensor]:
-        """The input, what every hidden layer makes of it, and the logits: n_layers + 1 of (B, D)."""
+        """The input, what every hidden layer makes of it, and the logits, each (B, D)."""
         n_in = self.layers[0].in_features
         if x.flatten(1).shape[1] != n_in:
             raise ValueError(f"images of {n_in} values expected, not shape {tuple(x.shape)}")
@@ -341,9 +343,9 @@ def initialise(model: MLP, init: str) -> None:
 def cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Mean of -log softmax(logits)[target] over the batch: (B, C), (B,) int64 -> scalar, in nats.
 
-    -log softmax(z)[t] = log Σ exp(z) - z[t], and log Σ exp(z) = m + log Σ exp(z - m) with m = max z,
-    where no exp can overflow. With smoothing s the target is 1 - s on t plus s / C on every class
-    (Szegedy 2016, eq. 7 on). ValueError on shapes or an s that do not fit.
+    -log softmax(z)[t] = log Σ exp(z) - z[t], and log Σ exp(z) = m + log Σ exp(z - m) with
+    m = max z, where no exp can overflow. With smoothing s the target is 1 - s on t plus s / C on
+    every class (Szegedy 2016, eq. 7 on). ValueError on shapes or an s that do not fit.
     """
     if logits.ndim != 2 or target.shape != logits.shape[:1]:
         found = f"{tuple(logits.shape)}, {tuple(target.shape)}"
@@ -365,7 +367,7 @@ def softmax_twice(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) 
 
 
 def naive_cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """A common mistake: -log(exp(z) / Σ exp(z)) as it is written; in float32 exp(89) is infinite."""
+    """A common mistake: -log(exp(z) / Σ exp(z)) as written; in float32 exp(89) is infinite."""
     probabilities = logits.exp() / logits.exp().sum(1, keepdim=True)
     return -probabilities.gather(1, target[:, None]).log().mean()
 
@@ -379,10 +381,10 @@ LOSSES = {
 
 @torch.no_grad()
 def backprop(model: MLP, images: Tensor, target: Tensor) -> dict[str, Tensor]:
-    """Gradients of cross_entropy(model(images), target) by the chain rule: {parameter name: gradient}.
+    """Gradients of cross_entropy(model(images), target) by hand: {parameter name: its gradient}.
 
-    With a_0 = x, z_i = a_i W_iᵀ + b_i, a_(i+1) = relu(z_i) and δ_i = ∂L/∂z_i (B, D_i), from the last
-    layer to the first (反向传播; Rumelhart, Hinton and Williams 1986):
+    The chain rule (反向传播; Rumelhart, Hinton and Williams 1986). With a_0 = x,
+    z_i = a_i W_iᵀ + b_i, a_(i+1) = relu(z_i), δ_i = ∂L/∂z_i (B, D_i), from the last layer down:
         δ_last = (softmax(z_last) - onehot(target)) / B
         ∂L/∂W_i = δ_iᵀ a_i            ∂L/∂b_i = Σ_B δ_i
         δ_(i-1) = (δ_i W_i) ⊙ [z_(i-1) > 0]
@@ -460,7 +462,7 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
 
 
 def learning_rate(config: Config, step: int) -> float:
-    """Of update 0 … n_steps - 1: up a line during the warm-up, down a half cosine to 0 (Smith 2018)."""
+    """Of update 0 … n_steps - 1: a line up during the warm-up, then a half cosine down to 0."""
     progress = (step + 0.5) / config.n_steps
     if progress < config.warmup:
         return config.lr * progress / config.warmup
@@ -479,11 +481,11 @@ def train(
 ) -> tuple[MLP, list[dict]]:
     """Train the Config's network: the model, and a history row at n_logs evenly spaced steps.
 
-    `objective` is the mean of the loss that is minimised since the row before. The other numbers are
-    plain cross-entropy and accuracy in evaluation mode, on the first 5,000 of the training images in
-    use and on the validation images, so that the two compare. `report` is given each row as it comes.
-    Between rows nothing waits for the device. A loss that is not finite ends the run at the next row,
-    which then holds it.
+    `objective` is the mean of the minimised loss since the row before. The other numbers are plain
+    cross-entropy and accuracy in evaluation mode, on the first 5,000 of the training images in use
+    and on the validation images, so that the two compare. `report` is given each row as it comes.
+    Between rows nothing waits for the device. A loss that is not finite ends the run at the next
+    row, which then holds it.
     """
     config.check()
     if not config.normalise:
@@ -622,7 +624,7 @@ EXPERIMENTS: dict[str, dict[str, Config]] = {
         "deformed images": replace(FEW_IMAGES, deform=1.0),
         "all 55,000 images": replace(FEW_IMAGES, n_train=N_TRAIN),
     },
-    # what goes wrong, and what mends it: 500 steps, 1,500 on 1,000 images; FAULTS says what is measured
+    # what goes wrong, and what mends it; 500 steps, or 1,500 on 1,000 images: see FAULTS
     "faults": {
         "SGD, rate 30": replace(SGD, lr=30.0),
         "SGD, rate 0.3": SGD,
@@ -647,7 +649,7 @@ SELECTED = ("baseline", "deformed")  # judged on the test images; the weights of
 
 
 class Run(NamedTuple):
-    """One training: its experiment, what is varied, and the Config with its seed."""
+    """One training: its experiment, what is varied in it, and the Config with its seed."""
 
     experiment: str
     value: str
@@ -657,117 +659,113 @@ class Run(NamedTuple):
     def name(self) -> dict:
         return {"experiment": self.experiment, "value": self.value, "seed": self.config.seed}
 
-    def __str__(self) -> str:
-        value = "" if self.value == self.experiment else f" {self.value}"
-        return f"{self.experiment}{value}, seed {self.config.seed}"
-
 
 def runs_of(experiments: list[str], n_seeds: int, smoke: bool = False) -> list[Run]:
-    """Every value of the experiments with every seed; of a smoke run the two ends, small and short."""
+    """Every value with every seed; in a smoke run the two ends of a sweep, made small."""
     runs = []
     for experiment in experiments:
-        values = list(EXPERIMENTS[experiment].items())
+        values = EXPERIMENTS[experiment]
         if smoke and experiment != "faults":
-            values = [values[0], values[-1]] if len(values) > 1 else values
-        for value, config in values:
-            for seed in range(n_seeds):
-                chosen = small(config) if smoke else config
-                runs.append(Run(experiment, value, replace(chosen, seed=seed)))
+            first, *_, last = list(values) * 2
+            values = {value: values[value] for value in (first, last)}
+        for value, config in values.items():
+            config = small(config) if smoke else config
+            runs += [Run(experiment, value, replace(config, seed=seed)) for seed in range(n_seeds)]
     return runs
 
 
 def small(config: Config) -> Config:
     """The Config of a smoke run: a narrower network, 640 images at most, 6 steps."""
     hidden = tuple(max(4, neurons // 8) for neurons in config.hidden)
-    n_train = min(config.n_train, 640)
-    return replace(config, hidden=hidden, n_train=n_train, steps=6, n_logs=2)
+    return replace(config, hidden=hidden, n_train=min(config.n_train, 640), steps=6, n_logs=2)
+
+
+def execute(
+    run: Run, arrays: tuple, device: str, origin: dict, read_test=False, report=None
+) -> tuple[dict, dict]:
+    """Train and measure one run on one thread: (the rows of every table, the weights).
+
+    `arrays` are the three splits as numpy arrays, which joblib maps into a worker's memory.
+    `origin` is what the row says of machine, commit and versions. `report` is given each history
+    row; without it a line a minute is printed, unless somebody sits at a terminal.
+    """
+    torch.set_num_threads(1)
+    data = Data(*(Split(*(torch.from_numpy(a).to(device) for a in split)) for split in arrays))
+    model, history = train(run.config, data, report or line_a_minute(run))
+    if not run.config.normalise:
+        data = Data(*(as_stored(split) for split in data))
+
+    row = run.name | config_columns(run.config) | {"status": status(history)}
+    for name in ("train_loss", "train_accuracy", *(f"val_{score}" for score in SCORES), "seconds"):
+        row[name] = history[-1][name]
+    row["parameters"] = sum(p.numel() for p in model.parameters())
+    row |= origin | {"threads": torch.get_num_threads()}
+    tables = {"runs": [row], "history": [run.name | logged for logged in history]}
+    if read_test:
+        test = evaluate(model, data.test)
+        matrix = test.pop("confusion").tolist()
+        row |= {f"test_{name}": number for name, number in test.items()}
+        tables["test_metrics"] = [run.name | test]
+        tables["confusion"] = [
+            run.name | {"true": true, "predicted": predicted, "count": count}
+            for true, counts in enumerate(matrix)
+            for predicted, count in enumerate(counts)
+        ]
+    if run.experiment == "baseline" and run.config.seed == 0:
+        tables["mistakes"] = [run.name | mistake for mistake in surest_mistakes(model, data.test)]
+    if run.experiment == "faults":
+        tables["faults"] = fault_rows(run, model, history, data)
+    vanishing = FAULTS["vanishing gradient"]
+    if run.value in (vanishing.broken, vanishing.mended):
+        norms = enumerate(layer_gradients(run.config, data), 1)
+        tables["gradients"] = [run.name | {"layer": i, "grad_norm": norm} for i, norm in norms]
+    return tables, {name: value.cpu() for name, value in model.state_dict().items()}
 
 
 def config_columns(config: Config) -> dict[str, str]:
-    """The Config's fields but the seed as a row holds them; the text is what a table is compared by."""
+    """The Config's fields but the seed, as a row holds them and as rows are compared."""
     columns = {}
     for field in fields(config):
         value = getattr(config, field.name)
-        if field.name != "seed":
-            columns[field.name] = (
-                " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-            )
+        columns[field.name] = " ".join(map(str, value)) if field.name == "hidden" else str(value)
+    del columns["seed"]
     return columns
 
 
-def execute(run: Run, arrays: tuple, device: str, origin: dict, every_minute: bool = False) -> dict:
-    """Train and measure one run, on one thread: its rows for every table, and perhaps its weights.
+def progress(row: dict) -> str:
+    return f"loss {row['val_loss']:.4f}, validation accuracy {100 * row['val_accuracy']:.2f} %"
 
-    `arrays` are the three splits as numpy arrays, which joblib maps into a worker's memory instead
-    of copying them; `origin` is what the rows say of commit and versions. With `every_minute`, a
-    line is printed about once a minute. Only the selected models ever see the test images.
-    """
-    torch.set_num_threads(1)
-    splits = [Split(*(torch.from_numpy(part).to(device) for part in split)) for split in arrays]
-    data = Data(*splits)
+
+def line_a_minute(run: Run) -> Callable[[dict], None]:
+    """A report for `train` that prints a line a minute where no bar can show that it goes on."""
     last_line = time.monotonic()
 
     def report(row: dict) -> None:
         nonlocal last_line
-        if every_minute and time.monotonic() - last_line >= 60:
+        if time.monotonic() - last_line >= 60 and not sys.stderr.isatty():
             last_line = time.monotonic()
-            print(f"  {run}: step {row['step']:,} of {run.config.n_steps:,}, {progress(row)}")
+            where = f"{run.experiment} {run.value}, seed {run.config.seed}: step {row['step']:,}"
+            print(f"  {where} of {run.config.n_steps:,}, {progress(row)}", flush=True)
 
-    model, history = train(run.config, data, report)
-    last = history[-1]
-    row = run.name | config_columns(run.config) | {"status": status(history)}
-    row |= {name: score for name, score in last.items() if name.startswith(("train_", "val_"))}
-    tables = {"history": [run.name | line for line in history]}
-    weights = None
-    if run.experiment in SELECTED:
-        test = evaluate(model, data.test)
-        matrix = test.pop("confusion")
-        row |= {f"test_{name}": score for name, score in test.items()}
-        tables["test_metrics"] = [run.name | test]
-        tables["confusion"] = [
-            run.name | {"true": true, "predicted": predicted, "count": int(matrix[true, predicted])}
-            for true, predicted in itertools.product(range(10), range(10))
-        ]
-        if run.config.seed == 0:
-            tables["mistakes"] = [
-                run.name | mistake for mistake in surest_mistakes(model, data.test)
-            ]
-            weights = {name: value.cpu().numpy() for name, value in model.state_dict().items()}
-    if run.experiment == "faults":
-        tables["faults"] = fault_rows(run, model, history, data)
-    if run.value in (FAULTS["vanishing gradient"].broken, FAULTS["vanishing gradient"].mended):
-        norms = layer_gradients(run.config, data)
-        tables["gradients"] = [
-            run.name | {"layer": layer, "grad_norm": norm} for layer, norm in enumerate(norms, 1)
-        ]
-    row["seconds"] = last["seconds"]
-    row["parameters"] = sum(p.numel() for p in model.parameters())
-    row |= origin | {"threads": torch.get_num_threads()}
-    return {"tables": {**tables, "runs": [row]}, "weights": weights}
-
-
-def progress(row: dict) -> str:
-    """A history row, or a run's, as a few words."""
-    return f"loss {row['val_loss']:.4f}, validation accuracy {100 * row['val_accuracy']:.2f} %"
+    return report
 
 
 def surest_mistakes(model: MLP, split: Split, n: int = 24) -> list[dict]:
-    """The n wrongly read images whose wrong class got the highest probability, with their pixels."""
+    """The n wrongly read images that got the highest probabilities, with their pixels."""
     with torch.no_grad():
         probabilities = model.eval()(split.images).softmax(1)  # (N, C)
     probability, predicted = probabilities.max(1)
     wrong = (predicted != split.labels).nonzero().squeeze(1)
     surest = wrong[probability[wrong].argsort(descending=True)][:n]
-    pixels = as_stored(split).images[surest].round().byte().cpu().numpy()
+    pixels = as_stored(split).images[surest].round().byte().cpu().numpy()  # (n, P)
     rows = []
-    for index, image in zip(surest.tolist(), pixels, strict=True):
-        row = {"image": index, "true": split.labels[index].item()}
-        row |= {"predicted": predicted[index].item(), "probability": probability[index].item()}
-        rows.append(row | {"pixels": image.tobytes().hex()})
+    for i, image in zip(surest.tolist(), pixels, strict=True):
+        row = {"image": i, "true": split.labels[i].item(), "predicted": predicted[i].item()}
+        rows.append(row | {"probability": probability[i].item(), "pixels": image.tobytes().hex()})
     return rows
 
 
-# What is measured of a fault: (model, history, config, data) -> a number
+# What is measured of a fault
 
 
 def last_accuracy(model: MLP, history: list[dict], config: Config, data: Data) -> float:
@@ -787,7 +785,7 @@ def generalisation_gap(model: MLP, history: list[dict], config: Config, data: Da
 
 
 def dead_neurons(model: MLP, history: list[dict], config: Config, data: Data) -> float:
-    """Percent of the hidden neurons that are 0 for every validation image: none sends a gradient."""
+    """Percent of hidden neurons that are 0 for every validation image: they send no gradient."""
     with torch.no_grad():
         hidden = model.eval().activations(data.val.images)[1:-1]
     is_dead = torch.cat([(values == 0).all(0) for values in hidden])  # (all neurons,)
@@ -809,69 +807,69 @@ def layer_gradients(config: Config, data: Data) -> list[float]:
 class Fault(NamedTuple):
     """Something that goes wrong in training, shown by a number of two runs of `faults`."""
 
-    broken: str  # its run's name in EXPERIMENTS["faults"]
+    broken: str  # the runs' names in EXPERIMENTS["faults"]
     mended: str
     symptom: str
     measured: str
-    measure: Callable
+    measure: Callable[[MLP, list[dict], Config, Data], float]
 
 
 FAULTS = {
     "learning rate too high": Fault(
-        "SGD, rate 30",
-        "SGD, rate 0.3",
-        "the loss grows until it is no number",
-        "validation accuracy (%)",
-        last_accuracy,
+        broken="SGD, rate 30",
+        mended="SGD, rate 0.3",
+        symptom="the loss grows until it is no number",
+        measured="validation accuracy (%)",
+        measure=last_accuracy,
     ),
     "all-zero weights": Fault(
-        "all weights 0",
-        "Kaiming's weights",
-        "a layer's neurons stay alike, only output biases learn",
-        "neurons of layer 1 that differ (of 128)",
-        distinct_neurons,
+        broken="all weights 0",
+        mended="Kaiming's weights",
+        symptom="a layer's neurons stay alike, only output biases learn",
+        measured="neurons of layer 1 that differ (of 128)",
+        measure=distinct_neurons,
     ),
     "vanishing gradient": Fault(
-        "6 sigmoid layers",
-        "6 ReLU layers, Kaiming",
-        "the first layers hardly learn",
-        "gradient norm at the start, first layer / last",
-        gradient_ratio,
+        broken="6 sigmoid layers",
+        mended="6 ReLU layers, Kaiming",
+        symptom="the first layers hardly learn",
+        measured="gradient norm at the start, first layer / last",
+        measure=gradient_ratio,
     ),
     "softmax before cross-entropy": Fault(
-        "softmax, then the loss",
-        "logits into the loss",
-        "the loss stays above ln(1 + 9/e) = 1.4612",
-        "training loss at the end (nats)",
-        last_objective,
+        broken="softmax, then the loss",
+        mended="logits into the loss",
+        symptom="the loss stays above ln(1 + 9/e) = 1.4612",
+        measured="training loss at the end (nats)",
+        measure=last_objective,
     ),
     "overfitting on 1,000 images": Fault(
-        "the same 1,000 images",
-        "deformed anew each step",
-        "right on what it saw, worse on the rest",
-        "training minus validation accuracy (points)",
-        generalisation_gap,
+        broken="the same 1,000 images",
+        mended="deformed anew each step",
+        symptom="right on what it saw, worse on the rest",
+        measured="training minus validation accuracy (points)",
+        measure=generalisation_gap,
     ),
     "dead ReLUs": Fault(
-        "Adam, rate 0.1 at once",
-        "rate 0.003, warm-up",
-        "huge first updates: neurons never fire again",
-        "hidden neurons dead on all validation images (%)",
-        dead_neurons,
+        broken="Adam, rate 0.1 at once",
+        mended="rate 0.003, warm-up",
+        symptom="huge first updates: neurons never fire again",
+        measured="hidden neurons dead on all validation images (%)",
+        measure=dead_neurons,
     ),
     "inputs not normalised": Fault(
-        "pixels 0 … 255",
-        "mean 0, std 1",
-        "large inputs make every step too long",
-        "validation accuracy (%)",
-        last_accuracy,
+        broken="pixels 0 … 255",
+        mended="mean 0, std 1",
+        symptom="large inputs make every step too long",
+        measured="validation accuracy (%)",
+        measure=last_accuracy,
     ),
     "-log(softmax) overflows": Fault(
-        "-log(exp z / Σ exp z)",
-        "log-sum-exp",
-        "exp(z) is infinite from z = 89 on; large inputs get there",
-        "validation accuracy (%)",
-        last_accuracy,
+        broken="-log(exp z / Σ exp z)",
+        mended="log-sum-exp",
+        symptom="exp(z) is infinite from z = 89 on; large inputs get there",
+        measured="validation accuracy (%)",
+        measure=last_accuracy,
     ),
 }
 
@@ -880,231 +878,150 @@ def fault_rows(run: Run, model: MLP, history: list[dict], data: Data) -> list[di
     """The numbers of the faults that this run shows, broken or mended."""
     rows = []
     for name, fault in FAULTS.items():
-        if run.value in (fault.broken, fault.mended):
-            row = {"fault": name, "variant": "broken" if run.value == fault.broken else "mended"}
-            row |= {"measured": fault.measured, "symptom": fault.symptom}
-            row["number"] = fault.measure(model, history, run.config, data)
-            rows.append(run.name | row)
+        for variant in ("broken", "mended"):
+            if run.value == getattr(fault, variant):
+                row = {"fault": name, "variant": variant, "measured": fault.measured}
+                row["number"] = fault.measure(model, history, run.config, data)
+                rows.append(run.name | row)
     return rows
-
-
-# -------- Images of one's own ---------------------------------------------------------------------
-
-
-def read_digit(path: Path) -> np.ndarray:
-    """An image file made into what MNIST's images are: (28, 28) float32 of 0 … 1, white on black.
-
-    As MNIST was made (LeCun 1998): the digit is fitted into 20 × 20 pixels and its centre of mass put
-    into the centre of 28 × 28. Before, a light background is inverted, and what differs little from
-    the background around it, paper and shadow, is taken away. ValueError if it is no image, or empty.
-    """
-    grey = read_grey(path)
-    border = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
-    if np.median(border) > (grey.min() + grey.max()) / 2:  # dark ink on light paper
-        grey = grey.max() - grey
-    # strokes are bright and narrow, so the opening with a wide square leaves the background alone
-    height, width = grey.shape
-    square = max(3, max(height, width) // 3)
-    background = ndimage.grey_opening(grey, (square, square), mode="nearest")
-    ink = grey - ndimage.gaussian_filter(background, square / 6, mode="nearest")
-    ink = ink.clip(0)
-    peak = np.percentile(ink[ink > ink.max() / 2], 50) if ink.max() > 0 else 0.0
-    if peak < 0.1:
-        raise ValueError(f"{path}: no digit to be seen, the image is nearly even")
-    ink = (ink / peak).clip(0, 1)
-    is_ink = ndimage.binary_dilation(ink > 0.35, iterations=max(1, max(ink.shape) // 100))
-    pieces, n_pieces = ndimage.label(is_ink, np.ones((3, 3)))
-    sizes = ndimage.sum_labels(ink, pieces, range(1, n_pieces + 1))
-    large = 1 + np.flatnonzero(sizes > 0.05 * sizes.max())  # specks of dirt are smaller
-    is_digit = np.isin(pieces, large)
-    ink = np.where(is_digit, ink, 0)
-    rows, columns = np.flatnonzero(is_digit.any(1)), np.flatnonzero(is_digit.any(0))
-    ink = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    ink = thickened(ink)
-
-    scale = 20 / max(ink.shape)
-    size = [max(1, round(scale * side)) for side in ink.shape]
-    shrunk = Image.fromarray(ink.astype(np.float32)).resize(
-        (size[1], size[0]), Image.Resampling.BOX
-    )
-    digit = np.asarray(shrunk).clip(0, 1)
-    digit = digit / digit.max()
-    centre = ndimage.center_of_mass(digit)
-    top, left = (round(14 - at) for at in centre)
-    top, left = np.clip([top, left], 0, 28 - np.array(digit.shape))
-    image = np.zeros((28, 28), np.float32)
-    image[top : top + digit.shape[0], left : left + digit.shape[1]] = digit
-    return image
-
-
-def read_grey(path: Path) -> np.ndarray:
-    """An image file of any mode and size as grey values (H, W) of 0 … 1, at most 400 pixels long."""
-    try:
-        with Image.open(path) as opened:
-            picture = ImageOps.exif_transpose(opened)
-            if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
-                values = np.asarray(picture, dtype=np.float32)
-            else:
-                layers = np.asarray(picture.convert("RGBA"), dtype=np.float32)
-                grey = layers[..., :3] @ np.array([0.299, 0.587, 0.114], np.float32)
-                alpha = layers[..., 3] / 255
-                ink = (grey * alpha).sum() / max(alpha.sum(), 1)
-                paper = 255.0 if ink < 128 else 0.0  # where it is transparent: what shows the ink
-                values = grey * alpha + paper * (1 - alpha)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: there is no such file") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: not an image that can be read ({error})") from None
-    top = max(values.max(), 255.0 if values.max() <= 255 and values.max() > 1 else values.max())
-    grey = Image.fromarray(values / (top or 1.0))
-    grey.thumbnail((400, 400), Image.Resampling.BOX)
-    return np.asarray(grey)
-
-
-def thickened(ink: np.ndarray) -> np.ndarray:
-    """Strokes of a thin pen made as wide as MNIST's, about a tenth of the digit's size."""
-    wanted = max(ink.shape) / 10
-    depth = ndimage.distance_transform_edt(np.pad(ink > 0.5, 1))
-    thickness = 2 * np.percentile(depth[depth > 0], 90)
-    missing = int(wanted - thickness)
-    if missing < 1:
-        return ink
-    padded = np.pad(ink, missing // 2 + 1)
-    return ndimage.grey_dilation(padded, (missing + 1, missing + 1))
-
-
-def load_weights(path: Path) -> MLP:
-    """The network that `train --save` or a selected run has written; ValueError names a wrong file."""
-    try:
-        saved = torch.load(path, weights_only=True, map_location="cpu")
-        config = Config(**saved["config"])
-        model = MLP(config.hidden, activation=config.activation, dropout=config.dropout)
-        model.load_state_dict(saved["weights"])
-    except FileNotFoundError:
-        raise ValueError(f"{path}: there is no such file; `train --save FILE` writes one") from None
-    except Exception as error:  # torch.load raises whatever a damaged file makes it raise
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path}: not weights of this stage ({reason})") from None
-    return model.eval()
-
-
-def save_weights(path: Path, config: Config, weights: dict) -> None:
-    """Weights and Config in one file, written aside and renamed."""
-    saved = {
-        "config": asdict(config),
-        "weights": {k: torch.as_tensor(v) for k, v in weights.items()},
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with metrics.written_aside(path) as aside, open(aside, "wb") as file:
-        torch.save(saved, file)
 
 
 # -------- Pictures: from saved rows alone ---------------------------------------------------------
 
-# experiment -> what its picture says, what is varied, whether the values have an order
+# experiment -> what its picture asks, what is varied, whether the values have an order
 SWEEPS = {
-    "depth": ("More hidden layers", "hidden layers of 128 neurons", True),
-    "width": ("More neurons", "neurons in each of two hidden layers", True),
-    "steps": ("Longer training", "training steps of the whole run", True),
-    "activation": ("Activation functions", "activation", False),
-    "regularisation": (
-        "What helps against overfitting on 5,000 images",
-        "added to the plain run",
-        False,
-    ),
+    "depth": ("What do more hidden layers do?", "hidden layers of 128 neurons", True),
+    "width": ("What do more neurons do?", "neurons in each of two hidden layers", True),
+    "steps": ("What does longer training do?", "training steps of the whole run", True),
+    "activation": ("Which activation?", "activation", False),
+    "regularisation": ("What helps on 5,000 images?", "added to the plain run", False),
 }
 
 
-def draw_all(folder: Path) -> list[Path]:
-    """Every picture and summary.md of the folder's rows. DataError if there are none."""
+def draw_all(folder: Path) -> None:
+    """Every picture and summary.md of the folder's rows; DataError if there are none."""
     runs = metrics.load_rows(folder / "runs.csv")
-    history = metrics.load_rows(folder / "history.csv")
     if runs.empty:
         raise DataError(f"{folder / 'runs.csv'} holds no rows: train something first")
-    experiments = set(runs["experiment"])
+    runs["percent"] = 100 * runs["val_accuracy"]
+    runs["error"] = 100 - runs["percent"]
+    history = metrics.load_rows(folder / "history.csv")
+    by_experiment = dict(list(runs.groupby("experiment", sort=False)))
+    logged = dict(list(history.groupby("experiment", sort=False)))
 
-    for name in experiments & set(SELECTED):
-        rows = history[history["experiment"] == name]
-        metrics.draw_curves(folder / f"curves_{name}.png", rows, f"MLP on MNIST, {name}")
-        matrix = confusion_of(folder, name)
-        n_seeds = runs.loc[runs["experiment"] == name, "seed"].nunique()
-        title = f"{name}: 10,000 test images, sum over seeds, n = {n_seeds}"
-        metrics.draw_confusion(folder / f"confusion_{name}.png", matrix, CLASSES, title)
-    for name, (title, varied, ordered) in SWEEPS.items():
-        if name in experiments:
+    for name in SELECTED:
+        if name in by_experiment:
+            metrics.draw_curves(
+                folder / f"curves_{name}.png", logged[name], f"MLP on MNIST, {name}: training"
+            )
+            n_seeds = by_experiment[name]["seed"].nunique()
+            title = f"{name}: 10,000 test images, sum over {n_seeds} seeds"
+            metrics.draw_confusion(
+                folder / f"confusion_{name}.png", confusion_of(folder, name), CLASSES, title
+            )
+    for name, (question, varied, ordered) in SWEEPS.items():
+        if name in by_experiment:
+            title = f"{question} {length_of(EXPERIMENTS[name])}"
             metrics.draw_sweep(
                 folder / f"sweep_{name}.png",
-                runs[runs["experiment"] == name],
-                history[history["experiment"] == name],
-                f"{title}: {length_of(EXPERIMENTS[name])}",
+                by_experiment[name],
+                logged[name],
+                title,
                 varied,
                 ordered,
             )
-    percent = runs.assign(
-        error=100 - 100 * runs["val_accuracy"], percent=100 * runs["val_accuracy"]
-    )
-    if "grid" in experiments:
-        draw_grid(folder / "sweep_grid.png", percent[percent["experiment"] == "grid"])
-    if "learning_rate" in experiments:
-        rows = percent[percent["experiment"] == "learning_rate"]
-        title = f"Each optimizer at its learning rates: {length_of(EXPERIMENTS['learning_rate'])}"
+    if "grid" in by_experiment:
+        draw_grid(folder / "sweep_grid.png", by_experiment["grid"])
+    if "learning_rate" in by_experiment:
         metrics.draw_lines(
-            folder / "sweep_learning_rate.png", rows, "lr", "error", "optimizer", title,
-            xlabel="highest learning rate (log scale)", ylabel="validation error (%, log scale)",
-            xscale="log", yscale="log",
-        )  # fmt: skip
-    if "batch_size" in experiments:
-        rows = percent[percent["experiment"] == "batch_size"]
-        rows = rows.assign(equal=rows["value"].str.split(", ").str[1])
+            folder / "sweep_learning_rate.png",
+            by_experiment["learning_rate"],
+            ("lr", "error", "optimizer"),
+            "Each optimizer has a learning rate of its own (600 steps)",
+            xlabel="highest learning rate (log scale)",
+            ylabel="validation error (%, log scale)",
+        )
+    if "batch_size" in by_experiment:
+        rows = by_experiment["batch_size"]
         metrics.draw_lines(
-            folder / "sweep_batch_size.png", rows, "batch_size", "error", "equal",
-            "Batch size: 600 steps of each, or 76,800 images of each",
-            xlabel="batch size (log scale)", ylabel="validation error (%, log scale)",
-            xscale="log", yscale="log",
-        )  # fmt: skip
-    if "init" in experiments:
-        rows = percent[percent["experiment"] == "init"]
-        rows = rows.assign(layers=[len(str(hidden).split()) for hidden in rows["hidden"]])
+            folder / "sweep_batch_size.png",
+            rows.assign(equal=rows["value"].str.split(", ").str[1]),
+            ("batch_size", "error", "equal"),
+            "Large batches win at 600 steps each, small ones at 76,800 images each",
+            xlabel="batch size (log scale)",
+            ylabel="validation error (%, log scale)",
+        )
+    if "init" in by_experiment:
+        rows = by_experiment["init"]
         metrics.draw_heatmap(
-            folder / "sweep_init.png", rows, "init", "layers", "percent",
-            "Initialisation matters more in a deep network: 600 steps, mean, lowest and highest seed",
-            xlabel="hidden layers", ylabel="initialisation", colorbar="validation accuracy (%)",
-        )  # fmt: skip
+            folder / "sweep_init.png",
+            rows.assign(layers=rows["value"].str.split(", ").str[1]),
+            ("init", "layers", "percent"),
+            "Initialisation decides whether a deep network learns (600 steps)",
+            xlabel="hidden layers",
+            ylabel="initialisation",
+            colorbar="validation accuracy (%)",
+        )
+    draw_side_tables(folder)
+    write_summary(folder, runs)
+
+
+def draw_grid(path: Path, rows: pd.DataFrame) -> None:
+    sizes = rows["value"].str.split(" × ", expand=True).astype(int)
+    metrics.draw_heatmap(
+        path,
+        rows.assign(depth=sizes[0], width=sizes[1]),
+        ("depth", "width", "percent"),
+        "Width helps at every depth, depth hardly (15 epochs each)",
+        xlabel="neurons in each layer",
+        ylabel="hidden layers",
+        colorbar="validation accuracy (%)",
+    )
+
+
+def draw_side_tables(folder: Path) -> None:
+    """The pictures of faults, gradients, mistakes and speed, of those that have rows."""
     faults = metrics.load_rows(folder / "faults.csv")
     if len(faults):
-        metrics.draw_faults(
-            folder / "faults.png",
-            faults,
-            "What goes wrong in training (orange), and what mends it (blue)",
-        )
-    gradients = metrics.load_rows(folder / "gradients.csv")
-    if len(gradients):
+        title = "What goes wrong in training (orange), and what mends it (blue)"
+        metrics.draw_faults(folder / "faults.png", faults, title)
         metrics.draw_lines(
-            folder / "fault_gradients.png", gradients, "layer", "grad_norm", "value",
-            "A sigmoid network's gradient vanishes towards its first layer",
-            xlabel="layer, 1 is next to the image", ylabel="gradient norm of its weights (log scale)",
-            yscale="log",
-        )  # fmt: skip
+            folder / "fault_gradients.png",
+            metrics.load_rows(folder / "gradients.csv"),
+            ("layer", "grad_norm", "value"),
+            "A sigmoid network's gradient vanishes on its way to the first layer",
+            logarithmic="y",
+            xlabel="layer (1 is next to the image)",
+            ylabel="gradient norm of its weights (log scale)",
+        )
     mistakes = metrics.load_rows(folder / "mistakes.csv")
     if len(mistakes):
-        draw_mistakes(folder / "mistakes.png", mistakes[mistakes["experiment"] == "baseline"])
+        draw_mistakes(folder / "mistakes.png", mistakes)
     benchmarks = metrics.load_rows(folder / "benchmark.csv")
     if len(benchmarks):
-        metrics.draw_ratios(
-            folder / "benchmark.png", benchmarks, "Speed beside what a user would take"
-        )
-    write_summary(folder)
-    return sorted(folder.glob("*.png"))
+        title = "Speed beside what a user would take"
+        metrics.draw_ratios(folder / "benchmark.png", benchmarks, title)
+
+
+def draw_mistakes(path: Path, rows: pd.DataFrame) -> None:
+    title = "The 24 surest mistakes among 10,000 test images (baseline, seed 0)"
+    with metrics.picture(path, title, 3, 8, width=13, height=6.6) as panels:
+        for axes in panels.flat:
+            axes.axis("off")
+        for axes, row in zip(panels.flat, rows.to_dict("records"), strict=False):
+            pixels = np.frombuffer(bytes.fromhex(row["pixels"]), np.uint8).reshape(28, 28)
+            axes.imshow(pixels, cmap="gray_r")
+            answer = f"read as {row['predicted']} ({100 * row['probability']:.0f} %)"
+            axes.set_title(f"a {row['true']}\n{answer}", fontsize=12)
 
 
 def length_of(values: dict[str, Config]) -> str:
-    """How long an experiment's runs are: "15 epochs each", or "600 steps each", or nothing."""
-    configs = list(values.values())
-    if all(config.steps == 0 for config in configs):
-        lengths = {f"{config.epochs} epochs" for config in configs}
-    else:
-        lengths = {f"{config.n_steps:,} steps" for config in configs}
-    return f"{lengths.pop()} each" if len(lengths) == 1 else "each run as long as it says"
+    """How long an experiment's runs are: "(15 epochs each)", "(600 steps each)", or nothing."""
+    lengths = {
+        f"({config.n_steps:,} steps each)" if config.steps else f"({config.epochs} epochs each)"
+        for config in values.values()
+    }
+    return lengths.pop() if len(lengths) == 1 else ""
 
 
 def confusion_of(folder: Path, experiment: str) -> np.ndarray:
@@ -1114,297 +1031,102 @@ def confusion_of(folder: Path, experiment: str) -> np.ndarray:
     return cells.pivot_table("count", "true", "predicted", aggfunc="sum").to_numpy().astype(int)
 
 
-def draw_grid(path: Path, rows: pd.DataFrame) -> None:
-    sizes = rows["value"].str.split(" × ", expand=True).astype(int)
-    rows = rows.assign(depth=sizes[0], width=sizes[1])
-    n_seeds = rows["seed"].nunique()
-    title = f"Width helps at every depth: mean and range of {n_seeds} seeds, 15 epochs each"
-    labels = {"xlabel": "neurons in each layer", "ylabel": "hidden layers"}
-    labels["colorbar"] = "validation accuracy (%)"
-    metrics.draw_heatmap(path, rows, "depth", "width", "percent", title, **labels)
-
-
-def draw_mistakes(path: Path, rows: pd.DataFrame) -> None:
-    """The surest mistakes: what was seen, the true class and the predicted one with its probability."""
-    title = "The 24 surest mistakes among 10,000 test images (baseline, seed 0)"
-    with metrics.picture(path, title, 3, 8, width=13, height=6.6) as panels:
-        for axes in panels.flat:
-            axes.axis("off")
-        for axes, row in zip(panels.flat, rows.to_dict("records"), strict=False):
-            pixels = np.frombuffer(bytes.fromhex(row["pixels"]), np.uint8).reshape(28, 28)
-            axes.imshow(pixels, cmap="gray_r")
-            sure = 100 * row["probability"]
-            axes.set_title(
-                f"a {row['true']}, read as {row['predicted']}\n({sure:.0f} %)", fontsize=13
-            )
-
-
-def write_summary(folder: Path) -> None:
-    """summary.md: the tables a person reads, with what they measure, their unit and n."""
-    runs = metrics.load_rows(folder / "runs.csv")
-    sections = []
+def write_summary(folder: Path, runs: pd.DataFrame) -> None:
+    """summary.md: the tables a person reads; each says on which images it was measured."""
+    sections = {}
     selected = runs[runs["experiment"].isin(SELECTED)]
     if len(selected):
-        table = metrics.score_table(selected, "test_", "experiment", "model")
-        sizes = selected.drop_duplicates("experiment")["parameters"]
-        table = [row | {"parameters": f"{n:,}"} for row, n in zip(table, sizes, strict=True)]
-        note = (
-            "**Test images**, scored once, at the end of each run. The loss is plain cross-entropy."
-        )
-        note += " Label smoothing in training (`baseline`) makes it larger at the same accuracy."
-        sections.append(("Selected models", [note, metrics.markdown(table)]))
-        table = metrics.score_table(selected, "val_", "experiment", "model")
-        sections.append(("The same models on the validation images", [metrics.markdown(table)]))
-        configs = {name: next(iter(EXPERIMENTS[name].values())) for name in selected["experiment"]}
-        columns = {name: config_columns(config) for name, config in configs.items()}
-        rows = [
-            {"field": field} | {name: values[field] or "–" for name, values in columns.items()}
-            for field in config_columns(BASE)
+        names = list(dict.fromkeys(selected["experiment"]))
+        sections["Selected models, test images"] = [
+            "**Test images**, read once for each run, at its end. The loss is plain cross-entropy: "
+            "label smoothing in training (`baseline`) makes it larger at the same accuracy.",
+            metrics.score_table(selected, "test_", "experiment"),
         ]
-        sections.append(("Config of the selected models", [metrics.markdown(rows)]))
-        for name in configs:
-            text = metrics.report(confusion_of(folder, name), CLASSES)
-            n = selected.loc[selected["experiment"] == name, "seed"].nunique()
-            note = f"**Test images**, summed over seeds, n = {n}."
-            pictures = f"![curves](curves_{name}.png)\n\n![confusion matrix](confusion_{name}.png)"
-            sections.append((f"{name}, class by class", [note, f"```\n{text}\n```", pictures]))
+        sections["Selected models, validation images"] = [
+            metrics.score_table(selected, "val_", "experiment")
+        ]
+        configs = {name: config_columns(next(iter(EXPERIMENTS[name].values()))) for name in names}
+        settings = pd.DataFrame(configs).rename_axis("field").reset_index()
+        sections["Config of the selected models"] = [metrics.markdown(settings)]
+        for name in names:
+            report = metrics.report(confusion_of(folder, name), CLASSES)
+            pictures = f"![curves](curves_{name}.png) ![confusion](confusion_{name}.png)"
+            note = "**Test images**, summed over seeds."
+            sections[f"{name}, class by class"] = [note, f"```\n{report}\n```", pictures]
     for name, values in EXPERIMENTS.items():
         rows = runs[runs["experiment"] == name]
-        if len(rows) and name not in SELECTED and name != "faults":
-            note = f"**Validation images**, {length_of(values)}. Higher accuracy, lower loss is better."
+        if len(rows) and name not in (*SELECTED, "faults"):
+            note = f"**Validation images** {length_of(values)}"
             varied = SWEEPS[name][1] if name in SWEEPS else "value"
-            table = metrics.markdown(metrics.score_table(rows, "val_", "value", varied))
-            title = name.replace("_", " ").capitalize()
-            sections.append((title, [note, table, f"![{name}](sweep_{name}.png)"]))
+            table = metrics.score_table(rows, "val_", "value", varied)
+            sections[f"Sweep: {name.replace('_', ' ')}"] = [
+                note,
+                table,
+                f"![{name}](sweep_{name}.png)",
+            ]
     faults = metrics.load_rows(folder / "faults.csv")
     if len(faults):
-        note = (
-            "Each fault is shown by a number of its own: mean ± standard deviation over the seeds."
-        )
-        pictures = "![faults](faults.png)\n\n![gradients](fault_gradients.png)"
-        sections.append(("Faults", [note, metrics.markdown(fault_table(faults)), pictures]))
-    mine = runs[~runs["experiment"].isin(EXPERIMENTS)]
-    if len(mine):
-        note = "**Validation images**, networks of your own (`train`)."
-        table = metrics.markdown(metrics.score_table(mine, "val_", "experiment", "network"))
-        sections.append(("Networks of your own", [note, table]))
+        symptoms = {name: fault.symptom for name, fault in FAULTS.items()}
+        sections["Faults: provoked, measured, mended"] = [
+            metrics.fault_table(faults, symptoms),
+            "![faults](faults.png) ![gradients](fault_gradients.png)",
+        ]
+    own = runs[~runs["experiment"].isin(EXPERIMENTS)]
+    if len(own):
+        table = metrics.score_table(own, "val_", "experiment", "network")
+        sections["Networks of your own"] = ["**Validation images**", table]
     benchmarks = metrics.load_rows(folder / "benchmark.csv")
     if len(benchmarks):
-        note = "Our time over the other's: **lower is better**. Medians, timed in turn in one run."
-        table = benchmarks[["name", "ours", "other", "unit", "ratio", "device", "threads"]]
-        table = [
-            row | {key: f"{row[key]:.3g}" for key in ("ours", "other", "ratio")}
-            for row in table.to_dict("records")
-        ]
-        sections.append(("Speed", [note, metrics.markdown(table), "![speed](benchmark.png)"]))
-
-    head = (
-        "# Stage 1: MLP on MNIST\n\nMean ± sample standard deviation over n seeds; 95 % t interval."
-    )
-    contents = "\n".join(f"- {title}" for title, _ in sections)
-    body = "\n\n".join("\n\n".join([f"## {title}", *parts]) for title, parts in sections)
-    with metrics.written_aside(folder / "summary.md") as aside:
-        aside.write_text(f"{head}\n\n{contents}\n\n{body}\n", encoding="utf-8")
-
-
-def fault_table(faults: pd.DataFrame) -> list[dict]:
-    table = []
-    for name, rows in faults.groupby("fault", sort=False):
-        row = {"fault": name, "sign": rows["symptom"].iloc[0], "measured": rows["measured"].iloc[0]}
-        for variant in ("broken", "mended"):
-            found = rows[rows["variant"] == variant]
-            if len(found):
-                number = metrics.summarise(found["number"])
-                spread = f" ± {number.std:.2g}" if number.n > 1 else ""
-                row[variant] = f"{found['value'].iloc[0]}: {number.mean:.3g}{spread}"
-            row["n"] = len(found)
-        table.append(row)
-    return table
-
-
-# -------- Benchmark -------------------------------------------------------------------------------
-
-
-def seconds_in_turn(works: dict[str, Callable], repeats: int) -> dict[str, float]:
-    """Median seconds of each work; all in turn, so that what else the machine does falls on all."""
-    from torch.utils.benchmark import Timer
-
-    threads = torch.get_num_threads()
-    timers = {
-        name: Timer("work()", globals={"work": work}, num_threads=threads)
-        for name, work in works.items()
-    }
-    seconds = {name: [] for name in works}
-    for _ in range(repeats + 1):
-        for name, timer in timers.items():
-            seconds[name].append(timer.timeit(1).mean)
-    return {name: float(np.median(values[1:])) for name, values in seconds.items()}  # 1st: warm-up
-
-
-def ratio_row(name: str, ours: float, other: float, unit: str = "s") -> dict:
-    row = {"name": name, "ours": ours, "other": other, "unit": unit, "ratio": ours / other}
-    return row | {"threads": torch.get_num_threads()}
-
-
-def time_epoch(data: Data, data_dir: Path, device: str, repeats: int, n_train: int) -> list[dict]:
-    """Our epoch beside the one a user would write: torchvision's images through a DataLoader."""
-    from torchvision import transforms
-
-    config = replace(BASE, epochs=1, n_logs=1, n_train=n_train)
-    few = data._replace(val=Split(*(part[:10] for part in data.val)))  # evaluation takes no time
-    pixels = as_stored(data.train).images[:n_train].round().byte().view(-1, 28, 28).cpu()
-    labels = data.train.labels[:n_train].tolist()
-    transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((MEAN,), (STD,))])
-
-    class Images(torch.utils.data.Dataset):  # what torchvision.datasets.MNIST does with an image
-        def __len__(self) -> int:
-            return n_train
-
-        def __getitem__(self, index: int) -> tuple[Tensor, int]:
-            return transform(Image.fromarray(pixels[index].numpy())), labels[index]
-
-    def with_dataloader(workers: int) -> None:
-        model = build(config, device)
-        criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
-        optimizer = torch.optim.AdamW(model.parameters(), config.lr)
-        loader = torch.utils.data.DataLoader(Images(), 128, shuffle=True, num_workers=workers)
-        for x, y in loader:
-            loss = criterion(model(x.to(device)), y.to(device))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-
-    works = {
-        "ours": partial(train, config, few),
-        "0": partial(with_dataloader, 0),
-        "2": partial(with_dataloader, 2),
-    }
-    seconds = seconds_in_turn(works, repeats)
-    name = f"an epoch of {n_train:,} images / through a DataLoader with"
-    return [ratio_row(f"{name} {n} workers", seconds["ours"], seconds[n]) for n in ("0", "2")]
-
-
-def time_steps(data: Data, device: str, repeats: int, n_steps: int) -> list[dict]:
-    """A training step beside its own matrix products, and these beside a 1024 × 1024 product's rate."""
-    few = data._replace(val=Split(*(part[:10] for part in data.val)))
-    layers = list(itertools.pairwise((784, *BASE.hidden, 10)))
-    square = torch.randn(1024, 1024, device=device)
-    works = {"square": lambda: square @ square}
-    gflop = {}
-    for B in (128, 512, 2048):
-        # forward, gradients of the weights, gradients of the hidden layers
-        shapes = [(B, a, b) for a, b in layers]
-        shapes += [(b, B, a) for a, b in layers]
-        shapes += [(B, b, a) for a, b in layers[1:]]
-        gflop[B] = sum(2 * m * k * n for m, k, n in shapes) / 1e9
-        pairs = [
-            (torch.randn(m, k, device=device), torch.randn(k, n, device=device))
-            for m, k, n in shapes
-        ]
-        works[f"products {B}"] = partial(multiply_all, pairs, n_steps)
-        config = replace(BASE, steps=n_steps, n_logs=1, batch_size=B, n_train=max(B, 5000))
-        works[f"steps {B}"] = partial(train, config, few)
-    seconds = seconds_in_turn(works, repeats)
-    rows = []
-    for B in gflop:
-        steps = n_steps / seconds[f"steps {B}"]
-        products = n_steps / seconds[f"products {B}"]
-        row = ratio_row(
-            f"a training step, batch {B} / its matrix products", 1 / steps, 1 / products
+        note = "Medians of times taken in turn. Ratio: first over second, lower is better."
+        table = metrics.markdown(
+            benchmarks[["name", "first", "second", "unit", "ratio", "device", "threads"]]
         )
-        rows.append(row)
-        rate = gflop[B] / (1 / products)
-        peak = 2 * 1.024**3 / seconds["square"]
-        name = f"the same products, batch {B} / at a 1024 × 1024 product's rate"
-        rows.append(ratio_row(name, 1 / rate, 1 / peak, "s per GFLOP"))
-    return rows
-
-
-def multiply_all(pairs: list[tuple[Tensor, Tensor]], times: int) -> None:
-    for _ in range(times):
-        for left, right in pairs:
-            left @ right
-
-
-def time_report(repeats: int) -> list[dict]:
-    """Our matrix and report beside scikit-learn's matrix alone."""
-    from sklearn.metrics import confusion_matrix as scikit_learns
-
-    predicted, target = np.random.default_rng(0).integers(0, 10, (2, 1_000_000))
-    works = {
-        "ours": lambda: metrics.report(metrics.confusion_matrix(predicted, target, 10)),
-        "theirs": lambda: scikit_learns(target, predicted),
-    }
-    seconds = seconds_in_turn(works, repeats)
-    name = "matrix and report of 1,000,000 predictions / scikit-learn's matrix alone"
-    return [ratio_row(name, seconds["ours"], seconds["theirs"])]
-
-
-def time_sweep(data_dir: Path, device: str, smoke: bool) -> list[dict]:
-    """The same sweep by two workers beside one, from start to pictures, as processes of their own."""
-    seconds = {}
-    start_up = 0.0
-    for workers in (1, 2):
-        with tempfile.TemporaryDirectory() as out:
-            words = [sys.executable, __file__, "run", "--workers", str(workers), "--out", out]
-            words += ["--data-dir", str(data_dir), "--device", device]
-            words += ["--only", "steps" if smoke else "learning_rate"]
-            words += ["--smoke"] if smoke else ["--seeds", "4"]
-            start = time.perf_counter()
-            subprocess.run(words, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            seconds[workers] = time.perf_counter() - start
-            trained = metrics.load_rows(Path(out) / "stage1" / "runs.csv")["seconds"].sum()
-            start_up = seconds[workers] - trained / workers
-    n_runs = 2 if smoke else 4 * len(EXPERIMENTS["learning_rate"])
-    rows = [ratio_row(f"a sweep of {n_runs} runs by 2 workers / by 1", seconds[2], seconds[1])]
-    name = "start, loading and drawing of that sweep by 2 workers / the whole of it"
-    return [*rows, ratio_row(name, start_up, seconds[2])]
+        sections["Speed"] = [note, table, "![speed](benchmark.png)"]
+    metrics.write_sections(folder / "summary.md", "Stage 1: MLP on MNIST", sections)
 
 
 # -------- Commands --------------------------------------------------------------------------------
 
 
+class Command:
+    def check(self) -> None:
+        """ValueError if a flag's value is out of range."""
+
+
 @dataclass(frozen=True)
-class Common:
-    out: Path | None = None  # results go to its folder stage1; by default figures/, of `train` out/
+class Common(Command):
+    """Flags of every command that computes."""
+
+    out: Path | None = None  # results go to its folder stage1; else figures/, of train out/
     data_dir: Path = HERE / "data"  # holds MNIST/raw with its four files, packed or not
     download: bool = False  # let torchvision fetch the data first
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto takes a GPU if there is one
 
-    @property
-    def torch_device(self) -> str:
-        present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-        if self.device == "auto":
-            return next((name for name, is_there in present.items() if is_there), "cpu")
-        if not present.get(self.device, True):
-            raise ValueError(f"device {self.device} is not on this machine (--device)")
-        return self.device
-
 
 @dataclass(frozen=True)
 class RunCommand(Common):
-    """Train experiments: what is finished is found and not trained again."""
+    """Train experiments; what is finished is found and not trained again."""
 
     only: Annotated[
         tyro.conf.UseAppendAction[tuple[tuple[Literal[("all", *EXPERIMENTS)], ...], ...]],
-        tyro.conf.arg(metavar=" ".join(["EXPERIMENT", "..."])),
-    ] = ()  # of: all, baseline, deformed, depth, width, …; without it the brief's questions
-    seeds: int = 1  # runs of every value, each with the next seed
-    workers: int = 0  # processes of one thread; 0 is one per core, or one per GPU
+        tyro.conf.arg(metavar="NAME …", help=f"of: all {' '.join(EXPERIMENTS)}"),
+    ] = ()
+    seeds: int = 1  # runs of every value, with seeds 0, 1, …
+    workers: int = 0  # processes of one thread each; 0 is one per core, or one per GPU
     dask: str | None = None  # address of a Dask scheduler, such as tcp://scheduler:8786
-    fresh: bool = False  # remove the named experiments' rows first
-    smoke: bool = False  # a tiny run of every path, by default into a temporary folder
-
-    @property
-    def experiments(self) -> list[str]:
-        named = list(dict.fromkeys(itertools.chain(*self.only)))
-        if "all" in named:
-            return list(EXPERIMENTS)
-        return named or list(EXPERIMENTS if self.smoke else THE_BRIEF)
+    fresh: bool = False  # remove the rows of these experiments first
+    smoke: bool = False  # a tiny run of everything; without --out into a temporary folder
 
     def check(self) -> None:
         check_range("seeds", self.seeds, 1, 1000)
         check_range("workers", self.workers, 0, 1024)
+
+    @property
+    def experiments(self) -> list[str]:
+        named = list(dict.fromkeys(itertools.chain(*self.only)))
+        if "all" in named or (self.smoke and not named):
+            return list(EXPERIMENTS)
+        return named or list(THE_BRIEF)
 
 
 @dataclass(frozen=True)
@@ -1412,7 +1134,7 @@ class TrainCommand(Common):
     """Train one network of your own; it is judged on the validation images."""
 
     config: tyro.conf.OmitArgPrefixes[Config] = Config()
-    test: bool = False  # judge it on the test images as well
+    test: bool = False  # judge it on the test images too
     save: Path | None = None  # write weights and Config to this file
 
     def check(self) -> None:
@@ -1420,11 +1142,11 @@ class TrainCommand(Common):
 
 
 @dataclass(frozen=True)
-class PredictCommand:
-    """Say what digit is on each image file: photo, scan or drawing."""
+class PredictCommand(Command):
+    """Say which digit is on each image file: photo, scan or drawing."""
 
     images: tyro.conf.Positional[tuple[Path, ...]]  # image files
-    weights: Path = HERE / "figures" / "stage1" / "deformed.pt"  # what to read them with
+    weights: Path = HERE / "figures" / "stage1" / "deformed.pt"  # the network that reads them
     save_picture: Path | None = None  # write what the network saw to this PNG file
 
     def check(self) -> None:
@@ -1434,22 +1156,16 @@ class PredictCommand:
 
 @dataclass(frozen=True)
 class BenchmarkCommand(Common):
-    """Time training and metrics beside what a user would take instead: about 15 minutes."""
+    """Time training and metrics beside what a user would take instead: about 12 minutes."""
 
-    smoke: bool = False  # as short as it goes, into a temporary folder
-
-    def check(self) -> None:
-        pass
+    smoke: bool = False  # as short as it goes; without --out into a temporary folder
 
 
 @dataclass(frozen=True)
-class PlotCommand:
+class PlotCommand(Command):
     """Draw the pictures and summary.md again from saved rows."""
 
-    out: Path | None = None  # the folder that holds stage1; by default figures/
-
-    def check(self) -> None:
-        pass
+    out: Path | None = None  # the folder that holds stage1; else figures/
 
 
 COMMANDS = {
@@ -1461,160 +1177,162 @@ COMMANDS = {
 }
 
 
-class Stopped(KeyboardInterrupt):
-    """SIGTERM came."""
-
-
 def main(argv: list[str] | None = None) -> int:
-    """The program: parse, do what was asked, and turn what goes wrong into a line and an exit code.
-
-    0 done; 1 data or files that are wrong; 2 bad flags; 130 Ctrl-C; 143 SIGTERM.
-    """
+    """The program; its exit code: 0 done, 1 data or files that are wrong, 2 bad flags, 130 Ctrl-C,
+    143 SIGTERM."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(
-            stream, "reconfigure"
-        ):  # a terminal without Chinese letters still shows the rest
-            stream.reconfigure(errors="backslashreplace", line_buffering=True)
-    script = Path(sys.argv[0]).name if argv is None else Path(__file__).name
-    command = parse(arguments, script)
-    previous = signal.signal(signal.SIGTERM, stop)
+        if isinstance(stream, io.TextIOWrapper):  # a terminal without Chinese still shows the rest
+            stream.reconfigure(errors="backslashreplace")
+    command = parse(arguments)
+    before = signal.signal(signal.SIGTERM, raise_terminated)
     try:
         match command:
             case RunCommand():
-                run_experiments(command)
+                run(command)
             case TrainCommand():
                 train_one(command)
             case PredictCommand():
                 return predict(command)
             case BenchmarkCommand():
-                run_benchmark(command)
+                benchmark(command)
             case PlotCommand():
-                folder = folder_of(command.out, "figures")
+                folder = folder_of(command.out or HERE / "figures")
                 with claimed(folder):
-                    pictures = draw_all(folder)
-                print(f"drew {len(pictures)} pictures and {folder / 'summary.md'}")
+                    draw_all(folder)
+                print(f"drawn: {folder / 'summary.md'}")
         sys.stdout.flush()
     except KeyboardInterrupt as interrupt:
-        is_term = isinstance(interrupt, Stopped)
-        again = shlex.join(["python", sys.argv[0] if argv is None else script, *arguments])
-        saved = "finished runs are saved; " if isinstance(command, RunCommand) else ""
-        print(f"\n{script}: stopped; {saved}the same command goes on: {again}", file=sys.stderr)
-        return 143 if is_term else 130
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        again = shlex.join(["python", sys.argv[0] if argv is None else __file__, *arguments])
+        print(
+            f"\nstopped; finished runs are saved, the same command goes on: {again}",
+            file=sys.stderr,
+        )
+        return 143 if isinstance(interrupt, Terminated) else 130
+    except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except (DataError, ValueError, OSError) as error:
-        print(f"{script}: {error}", file=sys.stderr)
+        print(f"{SCRIPT}: {error}", file=sys.stderr)
         return 1
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        signal.signal(signal.SIGTERM, before)
     return 0
 
 
-def stop(number, frame) -> None:
-    raise Stopped
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came; whatever ends on Ctrl-C ends."""
 
 
-def parse(arguments: list[str], script: str):
-    """The command that the arguments ask for; what is wrong with them is said, and ends with exit 2."""
-    words = [word for word in arguments if not word.startswith("-")]
-    is_help = bool(arguments) and arguments[0] in ("-h", "--help")
-    if arguments and arguments[0] in words[:1]:
-        if arguments[0] not in COMMANDS:
-            near = get_close_matches(arguments[0], COMMANDS, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            names = ", ".join(COMMANDS)
-            print(
-                f"{script}: no command {arguments[0]!r}, there are {names}{hint}", file=sys.stderr
-            )
-            raise SystemExit(2)
-    elif not is_help:
-        arguments = ["run", *arguments]
-    kinds = [Annotated[kind, tyro.conf.subcommand(name)] for name, kind in COMMANDS.items()]
-    command = tyro.cli(
-        Union[tuple(kinds)],  # noqa: UP007
-        prog=script,
-        description=__doc__,
-        args=arguments,
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
+def raise_terminated(number, frame) -> None:
+    raise Terminated
+
+
+def parse(arguments: list[str]):
+    """The command that the arguments ask for; what is wrong is said, and ends with exit 2."""
+    first = arguments[0] if arguments else ""
     try:
+        if not first or (first.startswith("-") and first not in ("-h", "--help")):
+            arguments = ["run", *arguments]
+        elif not first.startswith("-") and first not in COMMANDS:
+            near = get_close_matches(first, COMMANDS, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"no command {first!r}, there are {', '.join(COMMANDS)}{hint}")
+        kinds = [Annotated[kind, tyro.conf.subcommand(name)] for name, kind in COMMANDS.items()]
+        command = tyro.cli(
+            Union[tuple(kinds)],  # noqa: UP007
+            prog=SCRIPT,
+            description=__doc__,
+            args=arguments,
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
         command.check()
         if isinstance(command, Common):
-            command.torch_device  # noqa: B018
+            device_of(command)
     except ValueError as error:
-        print(f"{script}: {error}", file=sys.stderr)
+        print(f"{SCRIPT}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     return command
 
 
-def folder_of(out: Path | None, default: str) -> Path:
-    return (HERE / default if out is None else Path(out).absolute()) / "stage1"
+def device_of(command: Common) -> str:
+    is_there = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if command.device == "auto":
+        return next(name for name, found in is_there.items() if found)
+    if not is_there[command.device]:
+        raise ValueError(f"--device {command.device}: torch finds none on this machine")
+    return command.device
+
+
+def folder_of(out: Path) -> Path:
+    return Path(out).resolve() / "stage1"
 
 
 @contextmanager
 def claimed(folder: Path):
-    """Make the folder and keep other jobs out of it until the block ends: DataError if one is there."""
+    """Make the folder and keep other jobs out until the block ends; DataError if one is there."""
     folder.mkdir(parents=True, exist_ok=True)
     folder = folder.resolve()
     try:
-        with FileLock(folder / ".lock", timeout=0):
+        with FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0):
             yield
     except Timeout:
-        where = f"{folder}: wait for its end, or name another folder by --out"
-        raise DataError(f"another job is at work in {where}") from None
+        advice = "wait for its end, or name another folder by --out"
+        raise DataError(f"another job is at work in {folder}: {advice}") from None
 
 
-def run_experiments(command: RunCommand) -> None:
-    """Train what is not finished yet, save each run as it ends, draw, and print the result."""
-    device = command.torch_device
-    smoke_folder = tempfile.mkdtemp() if command.smoke and command.out is None else None
-    folder = Path(smoke_folder) / "stage1" if smoke_folder else folder_of(command.out, "figures")
-    runs = runs_of(command.experiments, 1 if command.smoke else command.seeds, command.smoke)
+def run(command: RunCommand) -> None:
+    """Train what is not finished yet, save each run as it ends, draw, print the result."""
+    device = device_of(command)
+    out = command.out or (tempfile.mkdtemp() if command.smoke else HERE / "figures")
+    folder = folder_of(out)
+    experiments = command.experiments
+    runs = runs_of(experiments, 1 if command.smoke else command.seeds, command.smoke)
     with claimed(folder):
         metrics.drop_rows_of_no_run(folder)
         if command.fresh:
-            remove_rows(folder, command.experiments)
-        todo, stale = unfinished(runs, folder)
+            metrics.remove_runs(folder, experiments)
+        todo, n_outdated = unfinished(runs, folder)
         workers = 1 if command.smoke else command.workers or default_workers(device)
-        workers = max(1, min(workers, len(todo)))
-        where = f"Dask at {command.dask}" if command.dask else f"{workers} workers of 1 thread"
-        print(f"stage 1 on {device_name(device)}, {where}; results in {folder}")
-        print(f"{len(runs) - len(todo)} of {len(runs)} runs found there, {len(todo)} to do")
-        if stale:
-            print(f"{len(stale)} of them were made with other settings: trained again and replaced")
+        workers = min(workers, max(1, len(todo)))
+        where = f"Dask's workers at {command.dask}" if command.dask else f"{workers} worker(s)"
+        print(f"stage 1 on {device_name(device)}, {where} of 1 thread, results in {folder}")
+        n_found = len(runs) - len(todo)
+        print(f"{n_found} of {len(runs)} runs found there, {len(todo)} to do", flush=True)
+        if n_outdated:
+            print(f"{n_outdated} were made with other settings: trained again and replaced")
         if todo:
             data = load_data(command.data_dir, command.download)
             if command.smoke:
-                data = Data(data.train, *(Split(*(p[::20] for p in split)) for split in data[1:]))
-            train_runs(todo, data, device, workers, command.dask, folder)
-        print("drawing …")
+                data = data._replace(val=every_20th(data.val), test=every_20th(data.test))
+            train_and_save(todo, data, device, workers, command.dask, folder)
+        print("drawing …", flush=True)
         draw_all(folder)
-        print_result(folder, command.experiments)
+    print_result(folder, experiments)
 
 
-def unfinished(runs: list[Run], folder: Path) -> tuple[list[Run], list[Run]]:
-    """The runs that the folder does not hold, and those of them that it holds with another Config."""
+def unfinished(runs: list[Run], folder: Path) -> tuple[list[Run], int]:
+    """The runs that the folder does not hold, and how many of them it holds with another Config."""
     rows = metrics.load_rows(folder / "runs.csv", as_text=True).to_dict("records")
     found = {(row["experiment"], row["value"], row["seed"]): row for row in rows}
-    todo, stale = [], []
+    todo = []
+    n_outdated = 0
     for run in runs:
         row = found.get((run.experiment, run.value, str(run.config.seed)))
         columns = config_columns(run.config)
-        is_same = row is not None and all(row.get(name) == text for name, text in columns.items())
-        if not is_same:
+        if row is None:
             todo.append(run)
-        if row is not None and not is_same:
-            stale.append(run)
-    return todo, stale
+        elif any(row.get(name) != text for name, text in columns.items()):
+            todo.append(run)
+            n_outdated += 1
+    return todo, n_outdated
 
 
-def remove_rows(folder: Path, experiments: list[str]) -> None:
-    """Forget the experiments' runs; what else is known of them goes with them."""
-    rows = metrics.load_rows(folder / "runs.csv", as_text=True)
-    metrics.save_rows(folder / "runs.csv", rows[~rows["experiment"].isin(experiments)])
-    metrics.drop_rows_of_no_run(folder)
+def every_20th(split: Split) -> Split:
+    return Split(split.images[::20], split.labels[::20])
 
 
 def default_workers(device: str) -> int:
@@ -1622,243 +1340,438 @@ def default_workers(device: str) -> int:
 
 
 def device_name(device: str) -> str:
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
+    if device == "cuda":
+        return torch.cuda.get_device_name()
     return f"{device} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def origin_of_rows(device: str) -> dict:
-    """What rows say of where they come from: commit and versions."""
-
-    def git(*words: str) -> str:
-        done = subprocess.run(["git", *words], cwd=HERE, capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-
+    """What a row says of where it comes from: commit, version, machine."""
     try:
-        changed = git("status", "--porcelain", "--", Path(__file__).name, "metrics.py")
-        commit = git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
+        git = partial(subprocess.run, cwd=HERE, capture_output=True, text=True, check=True)
+        commit = git(["git", "rev-parse", "--short", "HEAD"]).stdout.strip()
+        if git(["git", "status", "--porcelain", "--", Path(__file__).name, "metrics.py"]).stdout:
+            commit += "-dirty"
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
-    return {"commit": commit, "torch": torch.__version__, "device": device}
+    return {"commit": commit, "torch": torch.__version__, "device": device_name(device)}
 
 
-def train_runs(
+def train_and_save(
     todo: list[Run], data: Data, device: str, workers: int, dask: str | None, folder: Path
 ) -> None:
-    """Train the runs, by several processes if there are workers, and save each as it ends."""
-    order = [f"{name}\t{value}" for name, values in EXPERIMENTS.items() for value in values]
-    longest_first = sorted(
-        todo, key=cost, reverse=True
-    )  # so that no worker waits for a long last one
+    """Train the runs, the longest first so that no worker waits for one; save each as it ends."""
+    todo = sorted(todo, key=length, reverse=True)
     is_terminal = sys.stderr.isatty()
-    with tqdm(total=len(todo), unit="run", disable=not is_terminal) as bar:
-        results = executed(longest_first, data, device, workers, dask, not is_terminal)
-        for number, done in enumerate(results, 1):
-            row = done["tables"]["runs"][0]
-            if done["weights"] is not None:
-                config = next(r.config for r in todo if r.name == {k: row[k] for k in metrics.RUN})
-                save_weights(folder / f"{row['experiment']}.pt", config, done["weights"])
-            metrics.replace_rows(folder, done["tables"], metrics.RUN, order)
-            bar.update()
+    with (
+        tqdm(total=len(todo), unit="run", disable=not is_terminal) as bar,
+        closing(results_of(todo, data, device, workers, dask)) as results,
+    ):
+        for number, (tables, weights) in enumerate(results, 1):
+            row = tables["runs"][0]
+            if row["experiment"] in SELECTED and row["seed"] == 0:
+                config = next(run.config for run in todo if run.experiment == row["experiment"])
+                save_weights(folder / f"{row['experiment']}.pt", replace(config, seed=0), weights)
+            metrics.replace_rows(folder, tables, order_of_rows())
             words = f"{row['experiment']} {row['value']}, seed {row['seed']}: {progress(row)}"
-            bar.set_postfix_str(words)
+            bar.set_postfix_str(words, refresh=False)
+            bar.update()
             if not is_terminal:
-                print(f"[{number}/{len(todo)}] {words}, {row['status']}, {row['seconds']:.0f} s")
+                seconds = f"{row['status']}, {row['seconds']:.0f} s"
+                print(f"[{number}/{len(todo)}] {words}, {seconds}", flush=True)
 
 
-def cost(run: Run) -> float:
-    """About how long a run takes, to start long ones first."""
+def length(run: Run) -> float:
+    """About how long a run takes: its steps, times the work of one."""
     sizes = (784, *run.config.hidden, 10)
     products = sum(a * b for a, b in itertools.pairwise(sizes))
-    return run.config.n_steps * (products * run.config.batch_size + 1e6)
+    return run.config.n_steps * (1e7 + products * run.config.batch_size)
 
 
-def executed(
-    runs: list[Run], data: Data, device: str, workers: int, dask: str | None, every_minute: bool
-) -> Iterator[dict]:
-    """What `execute` gives for each run, as it ends: here, by worker processes, or by Dask's."""
+def order_of_rows() -> list[tuple[str, str]]:
+    return [(name, value) for name, values in EXPERIMENTS.items() for value in values]
+
+
+def results_of(
+    runs: list[Run], data: Data, device: str, workers: int, dask: str | None
+) -> Iterator[tuple[dict, dict]]:
+    """What `execute` gives for each run, as it ends: in this process, in workers, or on Dask's."""
     arrays = tuple(tuple(part.numpy() for part in split) for split in data)
-    origin = origin_of_rows(device_name(device))
+    origin = origin_of_rows(device)
     jobs = []
     for number, run in enumerate(runs):
-        target = f"cuda:{number % torch.cuda.device_count()}" if device == "cuda" else device
-        jobs.append(joblib.delayed(execute)(run, arrays, target, origin, every_minute))
-    if workers == 1 and dask is None:
+        gpu = f"cuda:{number % torch.cuda.device_count()}" if device == "cuda" else device
+        read_test = run.experiment in SELECTED
+        jobs.append(joblib.delayed(execute)(run, arrays, gpu, origin, read_test))
+    if dask is not None:
+        from dask.distributed import Client  # pip install "dask[distributed]"
+
+        with Client(dask) as client:
+            client.upload_file(metrics.__file__)  # this file's functions travel by value
+            with joblib.parallel_config("dask"):
+                yield from joblib.Parallel(return_as="generator_unordered", batch_size=1)(jobs)
+    elif workers == 1:
         for function, args, kwargs in jobs:
             yield function(*args, **kwargs)
-        return
-    if dask is None:
-        # mmap_mode "c": workers share the images' memory, and torch may take them as writable
-        parallel = joblib.Parallel(
-            workers, return_as="generator_unordered", mmap_mode="c", batch_size=1
-        )
-        yield from parallel(jobs)
-        return
-    from dask.distributed import Client
-
-    with Client(dask) as client:
-        for module in (metrics.__file__, __file__):
-            client.upload_file(module)
-        with joblib.parallel_config("dask", scatter=list(itertools.chain(*arrays))):
-            yield from joblib.Parallel(return_as="generator_unordered", batch_size=1)(jobs)
+    else:
+        # mmap_mode "c": the workers share the images' memory, and torch takes it as writable
+        options = {"return_as": "generator_unordered", "batch_size": 1, "mmap_mode": "c"}
+        try:
+            yield from joblib.Parallel(workers, **options)(jobs)
+        finally:  # also when it is stopped: leave no worker and no mapped file behind
+            get_reusable_executor().shutdown(kill_workers=True)
 
 
 def print_result(folder: Path, experiments: list[str]) -> None:
-    """At most ten lines: what the selected models score, and the ends of every sweep."""
+    """At most ten lines: the selected models' test scores, and each sweep's lowest and highest."""
     runs = metrics.load_rows(folder / "runs.csv")
     lines = []
     for name in experiments:
         rows = runs[runs["experiment"] == name]
         if name in SELECTED:
-            lines.append(
-                f"{name}: test accuracy {metrics.summarise(100 * rows['test_accuracy'])} %"
-            )
-        elif name != "faults" and len(rows):
+            scores = metrics.summarise(100 * rows["test_accuracy"])
+            lines.append(f"{name}: test accuracy {scores} % (n = {scores.n})")
+        elif name != "faults":
             means = 100 * rows.groupby("value", sort=False)["val_accuracy"].mean()
-            worst, best = means.idxmin(), means.idxmax()
-            ends = f"{means[worst]:.2f} % ({worst}) to {means[best]:.2f} % ({best})"
-            lines.append(f"{name}: validation accuracy {ends}")
-    if len(lines) > 8:
+            low = f"{means.min():.2f} % ({means.idxmin()})"
+            high = f"{means.max():.2f} % ({means.idxmax()})"
+            lines.append(f"{name}: validation accuracy from {low} to {high}")
+    if len(lines) > 9:
         lines = [*lines[:8], f"and {len(lines) - 8} more experiments"]
-    print("\n".join(lines))
-    print(f"tables and pictures: {folder / 'summary.md'}")
+    print("\n".join([*lines, f"tables and pictures: {folder / 'summary.md'}"]))
 
 
 def train_one(command: TrainCommand) -> None:
-    """One network of the user's own: train, save its rows under the name of what was changed, show."""
-    device = command.torch_device
+    """Train the user's network, save its rows named by what was changed, print its scores."""
+    device = device_of(command)
     config = command.config
-    changed = {
-        field.name: getattr(config, field.name)
-        for field in fields(config)
-        if getattr(config, field.name) != getattr(BASE, field.name) and field.name != "seed"
-    }
-    words = []
-    for name, value in changed.items():
-        text = "-".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)
-        words.append(f"{name.replace('_', ' ')} {text}")
-    name = ", ".join(words) or "unchanged"
+    name = name_of_changes(config)
     run = Run(name, name, config)
-    folder = folder_of(command.out, "out")
+    folder = folder_of(command.out or HERE / "out")
     with claimed(folder):
         metrics.drop_rows_of_no_run(folder)
-        print(f"stage 1 on {device_name(device)}, 1 thread; results in {folder}")
-        print(f"{name}: {json.dumps(asdict(config))}")
+        print(f"stage 1 on {device_name(device)}: 1 thread, results in {folder}")
+        print(f"{name}: {config}", flush=True)
         data = load_data(command.data_dir, command.download)
-        splits = [Split(*(part.to(device) for part in split)) for split in data]
-        data = Data(*splits)
-        torch.set_num_threads(1)
+        arrays = tuple(tuple(part.numpy() for part in split) for split in data)
         is_terminal = sys.stderr.isatty()
         with tqdm(total=config.n_steps, unit="step", disable=not is_terminal) as bar:
 
             def report(row: dict) -> None:
+                bar.set_postfix_str(progress(row), refresh=False)
                 bar.update(row["step"] - bar.n)
-                bar.set_postfix_str(progress(row))
                 if not is_terminal:
-                    print(f"step {row['step']:,} of {config.n_steps:,}: {progress(row)}")
+                    print(
+                        f"step {row['step']:,} of {config.n_steps:,}: {progress(row)}", flush=True
+                    )
 
-            model, history = train(config, data, report)
-        if not config.normalise:
-            data = Data(*(as_stored(split) for split in data))
-        row = run.name | config_columns(config) | {"status": status(history)}
-        row |= {
-            key: score for key, score in history[-1].items() if key.startswith(("train_", "val_"))
-        }
-        if command.test:
-            scores = evaluate(model, data.test)
-            row |= {f"test_{key}": score for key, score in scores.items() if key != "confusion"}
-        row["seconds"] = history[-1]["seconds"]
-        row["parameters"] = sum(p.numel() for p in model.parameters())
-        row |= origin_of_rows(device_name(device)) | {
-            "device": device_name(device),
-            "threads": torch.get_num_threads(),
-        }
-        rows = {"history": [run.name | line for line in history], "runs": [row]}
-        order = [f"{name}\t{value}" for name, values in EXPERIMENTS.items() for value in values]
-        metrics.replace_rows(folder, rows, metrics.RUN, order)
+            origin = origin_of_rows(device)
+            tables, weights = execute(run, arrays, device, origin, command.test, report)
         if command.save is not None:
-            save_weights(command.save, config, model.state_dict())
-        curves = folder / f"curves_{name.replace(' ', '_').replace(',', '')[:100]}.png"
-        metrics.draw_curves(curves, pd.DataFrame(rows["history"]), f"MLP on MNIST, {name}")
+            save_weights(command.save, config, weights)
+        metrics.replace_rows(folder, tables, order_of_rows())
+        curves = folder / f"curves_{name.replace(', ', '_').replace(' ', '-')[:100]}.png"
+        metrics.draw_curves(curves, pd.DataFrame(tables["history"]), f"MLP on MNIST, {name}")
         draw_all(folder)
+    row = tables["runs"][0]
+    for part, images in (("val", "validation images"), ("test", "test images, because of --test")):
+        if f"{part}_loss" in row:
+            numbers = [
+                f"{s.replace('_', ' ')} {100 * row[f'{part}_{s}']:.2f} %" for s in SCORES[1:]
+            ]
+            print(f"{images}: {', '.join(numbers)}, loss {row[f'{part}_loss']:.4f}")
+    print(f"{row['status']}; tables in {folder / 'summary.md'}, curves in {curves}")
 
-    for part in ("val", "test") if command.test else ("val",):
-        images = "validation images" if part == "val" else "test images, read because of --test"
-        keys = ("accuracy", "macro_precision", "macro_recall", "macro_f1")
-        shown = ", ".join(f"{k.replace('_', ' ')} {100 * row[f'{part}_{k}']:.2f} %" for k in keys)
-        print(f"{images}: {shown}, loss {row[f'{part}_loss']:.4f} ({row['status']})")
-    if command.save is not None:
-        print(f"weights: {command.save}")
-    print(f"tables: {folder / 'summary.md'}, curves: {curves}")
+
+def name_of_changes(config: Config) -> str:
+    """What differs from the defaults, as "hidden 64, lr 0.01"; the seed is named by itself."""
+    words = []
+    for name, text in config_columns(config).items():
+        if text != config_columns(BASE)[name]:
+            words.append(f"{name.replace('_', ' ')} {text.replace(' ', '-') or 'none'}")
+    return ", ".join(words) or "defaults"
+
+
+# -------- predict: images of one's own ------------------------------------------------------------
+
+
+def read_digit(path: Path) -> np.ndarray:
+    """An image file made into what MNIST's images are: (28, 28) float32 of 0 … 1, white on black.
+
+    As MNIST was made (LeCun 1998): the digit is fitted into 20 × 20 pixels, and its centre of mass
+    is put into the middle of 28 × 28. Before that a light background is inverted, and what differs
+    little from the background around it, paper and shadow, is taken away. ValueError if the file
+    is no image or nothing stands out in it.
+    """
+    grey = read_grey(path)
+    border = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
+    if np.median(border) > (grey.min() + grey.max()) / 2:  # dark ink on light paper
+        grey = grey.max() - grey
+    # strokes are narrow and bright: an opening by a wide square leaves the background alone
+    square = max(3, max(grey.shape) // 3)
+    background = ndimage.grey_opening(grey, (square, square), mode="nearest")
+    ink = (grey - ndimage.gaussian_filter(background, square / 6, mode="nearest")).clip(0)
+    if ink.max() < 0.1:
+        raise ValueError(f"{path}: no digit to be seen, the image is nearly even")
+    ink = (ink / np.median(ink[ink > ink.max() / 2])).clip(0, 1)
+
+    pieces, n_pieces = ndimage.label(ink > 0.2, np.ones((3, 3)))
+    sizes = ndimage.sum_labels(ink, pieces, range(1, n_pieces + 1))
+    is_digit = np.isin(pieces, 1 + np.flatnonzero(sizes > 0.05 * sizes.max()))  # no specks of dirt
+    rows = np.flatnonzero(is_digit.any(1))
+    columns = np.flatnonzero(is_digit.any(0))
+    ink = np.where(is_digit, ink, 0)[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    ink = thickened(ink)
+
+    height, width = (max(1, round(20 * side / max(ink.shape))) for side in ink.shape)
+    shrunk = Image.fromarray(ink.astype(np.float32)).resize((width, height), Image.Resampling.BOX)
+    digit = np.asarray(shrunk) / np.asarray(shrunk).max()
+    centre = ndimage.center_of_mass(digit)
+    top = int(np.clip(round(14 - centre[0]), 0, 28 - height))
+    left = int(np.clip(round(14 - centre[1]), 0, 28 - width))
+    image = np.zeros((28, 28), np.float32)
+    image[top : top + height, left : left + width] = digit
+    return image
+
+
+def read_grey(path: Path) -> np.ndarray:
+    """An image file of any size and mode as grey values 0 … 1, (H, W) of at most 400 pixels."""
+    try:
+        with Image.open(path) as opened:
+            picture = ImageOps.exif_transpose(opened)
+            if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):  # more than 8 bits
+                grey = np.asarray(picture, dtype=np.float32)
+            else:
+                layers = np.asarray(picture.convert("RGBA"), dtype=np.float32)
+                grey = layers[..., :3] @ np.array([0.299, 0.587, 0.114], np.float32)
+                opacity = layers[..., 3] / 255
+                ink = (grey * opacity).sum() / max(opacity.sum(), 1)
+                paper = 255.0 if ink < 128 else 0.0  # what shows the ink where it is transparent
+                grey = grey * opacity + paper * (1 - opacity)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: there is no such file") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: not an image that can be read ({error})") from None
+    white = 255.0 if grey.max() <= 255 else grey.max()
+    shrunk = Image.fromarray((grey / white).astype(np.float32))
+    shrunk.thumbnail((400, 400), Image.Resampling.BOX)
+    return np.asarray(shrunk)
+
+
+def thickened(ink: np.ndarray) -> np.ndarray:
+    """Strokes of a thin pen made about as wide as MNIST's: a tenth of the digit's size."""
+    depth = ndimage.distance_transform_edt(np.pad(ink > 0.5, 1))
+    width = 2 * np.percentile(depth[depth > 0], 90)
+    missing = int(max(ink.shape) / 10 - width)
+    if missing < 1:
+        return ink
+    return ndimage.grey_dilation(np.pad(ink, missing // 2 + 1), (missing + 1, missing + 1))
+
+
+def save_weights(path: Path, config: Config, weights: dict[str, Tensor]) -> None:
+    """Weights and Config in one file, which `load_weights` reads."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with metrics.written_aside(path) as aside, open(aside, "wb") as file:
+        torch.save({"config": asdict(config), "weights": weights}, file)
+
+
+def load_weights(path: Path) -> MLP:
+    """The network of a file of `save_weights`; ValueError says what is wrong with another file."""
+    try:
+        saved = torch.load(path, weights_only=True, map_location="cpu")
+        config = Config(**saved["config"])
+        model = MLP(config.hidden, activation=config.activation, dropout=config.dropout)
+        model.load_state_dict(saved["weights"])
+    except FileNotFoundError:
+        raise ValueError(f"{path}: there is no such file; train --save writes one") from None
+    except Exception as error:  # a damaged file makes torch.load raise nearly anything
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path}: not weights of this stage ({reason})") from None
+    return model.eval()
 
 
 def predict(command: PredictCommand) -> int:
-    """A line for each image with the two likeliest digits; 1 if an image could not be read."""
+    """A line for each image with the two likeliest digits; 1 if one of them could not be read."""
     model = load_weights(command.weights)
-    seen, n_failed = [], 0
+    seen = []
     for path in command.images:
         try:
             image = read_digit(path)
         except ValueError as error:
-            print(f"{Path(__file__).name}: {error}", file=sys.stderr)
-            n_failed += 1
+            print(f"{SCRIPT}: {error}", file=sys.stderr)
             continue
-        pixels = normalised(torch.from_numpy(255 * image))
+        pixels = normalised(torch.from_numpy(255 * image)).flatten()
         with torch.no_grad():
-            probabilities = model(pixels[None]).softmax(1)[0]  # (C,)
-        shares, digits = probabilities.topk(2)
+            shares, digits = model(pixels[None]).softmax(1)[0].topk(2)
         answers = [f"{CLASSES[d]} {100 * p:.1f} %" for p, d in zip(shares, digits, strict=True)]
         print(f"{path}: {', '.join(answers)}")
-        seen.append((path.name, answers[0], image))
+        seen.append((f"{path.name[-18:]}\n{answers[0]}", image))
     if command.save_picture is not None and seen:
-        columns = min(len(seen), 8)
-        rows = math.ceil(len(seen) / columns)
-        size = {"width": max(1.7 * columns, 4), "height": 2.2 * rows + 0.6}
+        n_columns = min(len(seen), 8)
+        n_rows = math.ceil(len(seen) / n_columns)
+        size = {"width": 1.7 * n_columns + 1, "height": 2.2 * n_rows + 0.6, "squeeze": False}
         title = "What the network saw"
-        with metrics.picture(
-            command.save_picture, title, rows, columns, squeeze=False, **size
-        ) as panels:
+        with metrics.picture(command.save_picture, title, n_rows, n_columns, **size) as panels:
             for axes in panels.flat:
                 axes.axis("off")
-            for axes, (name, answer, image) in zip(panels.flat, seen, strict=False):
+            for axes, (label, image) in zip(panels.flat, seen, strict=False):
                 axes.imshow(image, cmap="gray", vmin=0, vmax=1)
-                axes.set_title(f"{name[-18:]}\n{answer}", fontsize=10)
-    return 1 if n_failed else 0
+                axes.set_title(label, fontsize=10)
+    return 0 if len(seen) == len(command.images) else 1
 
 
-def run_benchmark(command: BenchmarkCommand) -> None:
-    """Measure, save benchmark.csv, draw it, and print the ratios: our time over the other's."""
-    device = command.torch_device
-    folder = folder_of(command.out, "figures")
-    if command.smoke and command.out is None:
-        folder = Path(tempfile.mkdtemp()) / "stage1"
+# -------- benchmark -------------------------------------------------------------------------------
+
+
+def benchmark(command: BenchmarkCommand) -> None:
+    """Times taken in turn, saved to benchmark.csv, drawn, printed as ratios (lower is better)."""
+    device = device_of(command)
+    folder = folder_of(command.out or (tempfile.mkdtemp() if command.smoke else HERE / "figures"))
     repeats = 1 if command.smoke else 5
     with claimed(folder):
-        print(f"benchmark of stage 1 on {device_name(device)}, results in {folder}")
+        print(f"benchmark of stage 1 on {device_name(device)}, results in {folder}", flush=True)
         data = load_data(command.data_dir, command.download)
         data = Data(*(Split(*(part.to(device) for part in split)) for split in data))
+        data = data._replace(val=every_20th(data.val))  # evaluation is not what is timed
         rows = []
-        print("an epoch, beside a DataLoader's …")
-        rows += time_epoch(
-            data, command.data_dir, device, repeats, n_train=640 if command.smoke else 11_000
-        )
-        print("training steps, beside their matrix products …")
-        rows += time_steps(data, device, repeats, n_steps=5 if command.smoke else 100)
-        print("a report of a million predictions, beside scikit-learn's matrix …")
+        print("an epoch, beside a DataLoader's …", flush=True)
+        rows += time_epoch(data, device, repeats, n_train=640 if command.smoke else 11_000)
+        print("training steps, beside their matrix products …", flush=True)
+        rows += time_steps(data, device, repeats, n_steps=3 if command.smoke else 100)
+        print("a report of a million predictions, beside scikit-learn's matrix …", flush=True)
         rows += time_report(repeats)
-        print("a sweep by two workers, beside one …")
+        print("a sweep by two workers, beside one …", flush=True)
         rows += time_sweep(command.data_dir, device, command.smoke)
-        origin = origin_of_rows(device_name(device)) 
+        origin = origin_of_rows(device) | {"threads": torch.get_num_threads()}
         rows = [{"experiment": "benchmark"} | row | origin for row in rows]
-        metrics.replace_rows(folder, {"benchmark": rows}, ["experiment"], [])
-        benchmarks = metrics.load_rows(folder / "benchmark.csv")
-        metrics.draw_ratios(
-            folder / "benchmark.png", benchmarks, "Speed beside what a user would take"
-        )
+        metrics.replace_rows(folder, {"benchmark": rows}, [])
+        draw_side_tables(folder)
         if (folder / "runs.csv").exists():
-            write_summary(folder)
+            draw_all(folder)
     for row in rows:
-        print(f"{row['name']}: {row['ratio']:.2f} (lower is better)")
+        print(f"{row['ratio']:.2f}  {row['name']}")
+
+
+def seconds_in_turn(works: dict[str, Callable], repeats: int) -> dict[str, float]:
+    """Median seconds of each work, in turn: what else the machine does falls on all alike."""
+    from torch.utils.benchmark import Timer
+
+    threads = torch.get_num_threads()
+    seconds = {name: [] for name in works}
+    for _ in range(repeats + 1):
+        for name, work in works.items():
+            timer = Timer("work()", globals={"work": work}, num_threads=threads)
+            seconds[name].append(timer.timeit(1).mean)
+    return {name: float(np.median(values[1:])) for name, values in seconds.items()}  # 0: warm-up
+
+
+def ratio_row(name: str, first: float, second: float, unit: str) -> dict:
+    return {"name": name, "first": first, "second": second, "unit": unit, "ratio": first / second}
+
+
+def time_epoch(data: Data, device: str, repeats: int, n_train: int) -> list[dict]:
+    """Our epoch beside the one a user would write: images through transforms and a DataLoader."""
+    from torchvision import transforms
+
+    config = replace(BASE, epochs=1, n_logs=1, n_train=n_train)
+    pixels = as_stored(data.train).images[:n_train].round().byte().view(-1, 28, 28).cpu().numpy()
+    labels = data.train.labels[:n_train].tolist()
+    transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((MEAN,), (STD,))])
+
+    class Images(torch.utils.data.Dataset):  # as torchvision.datasets.MNIST gives its images
+        def __len__(self) -> int:
+            return n_train
+
+        def __getitem__(self, index: int) -> tuple[Tensor, int]:
+            return transform(Image.fromarray(pixels[index])), labels[index]
+
+    def through_dataloader(n_workers: int) -> None:
+        model = build(config, device)
+        criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
+        optimizer = torch.optim.AdamW(model.parameters(), config.lr)
+        loader = torch.utils.data.DataLoader(Images(), 128, shuffle=True, num_workers=n_workers)
+        for x, y in loader:
+            loss = criterion(model(x.to(device)), y.to(device))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    works = {"ours": partial(train, config, data)}
+    works |= {n: partial(through_dataloader, n) for n in (0, 2)}
+    seconds = seconds_in_turn(works, repeats)
+    name = f"an epoch of {n_train:,} images / through a DataLoader,"
+    return [ratio_row(f"{name} {n} workers", seconds["ours"], seconds[n], "s") for n in (0, 2)]
+
+
+def time_steps(data: Data, device: str, repeats: int, n_steps: int) -> list[dict]:
+    """A training step beside its matrix products, and these beside a 1024 × 1024 product's rate."""
+    square = torch.randn(1024, 1024, device=device)
+    works = {"square": partial(multiply_all, [(square, square)], n_steps)}
+    layers = list(itertools.pairwise((784, *BASE.hidden, 10)))
+    gflop = {}
+    for B in (128, 512, 2048):
+        shapes = [(B, a, b) for a, b in layers]  # forward
+        shapes += [(b, B, a) for a, b in layers]  # gradients of the weights
+        shapes += [(B, b, a) for a, b in layers[1:]]  # gradients of the hidden layers
+        gflop[B] = sum(2 * m * k * n for m, k, n in shapes) / 1e9
+        pairs = [
+            (torch.randn(m, k, device=device), torch.randn(k, n, device=device))
+            for m, k, n in shapes
+        ]
+        works[f"products {B}"] = partial(multiply_all, pairs, n_steps)
+        works[f"steps {B}"] = partial(
+            train, replace(BASE, steps=n_steps, n_logs=1, batch_size=B), data
+        )
+    milliseconds = {k: 1000 * v / n_steps for k, v in seconds_in_turn(works, repeats).items()}
+    rows = []
+    for B in gflop:
+        products = milliseconds[f"products {B}"]
+        name = f"a training step, batch {B} / its matrix products"
+        rows.append(ratio_row(name, milliseconds[f"steps {B}"], products, "ms"))
+        at_full_rate = milliseconds["square"] * gflop[B] / (2 * 1.024**3)
+        name = f"these products, batch {B} / at a 1024 × 1024 product's rate"
+        rows.append(ratio_row(name, products, at_full_rate, "ms"))
+    return rows
+
+
+def multiply_all(pairs: list[tuple[Tensor, Tensor]], times: int) -> None:
+    for _ in range(times):
+        for left, right in pairs:
+            product = left @ right
+    product.sum().item()  # wait for the device
+
+
+def time_report(repeats: int) -> list[dict]:
+    """Our matrix and report beside scikit-learn's matrix alone."""
+    from sklearn.metrics import confusion_matrix as theirs
+
+    predicted, target = np.random.default_rng(0).integers(0, 10, (2, 1_000_000))
+    works = {
+        "ours": lambda: metrics.report(metrics.confusion_matrix(predicted, target, 10)),
+        "theirs": lambda: theirs(target, predicted),
+    }
+    seconds = seconds_in_turn(works, repeats)
+    name = "matrix and report of a million predictions / scikit-learn's matrix alone"
+    return [ratio_row(name, 1000 * seconds["ours"], 1000 * seconds["theirs"], "ms")]
+
+
+def time_sweep(data_dir: Path, device: str, smoke: bool) -> list[dict]:
+    """A sweep of some five minutes by two workers beside one: whole commands, start to pictures."""
+    words = ["--only", "steps", "--smoke"] if smoke else ["--only", "learning_rate", "--seeds", "4"]
+    words += ["--data-dir", str(data_dir), "--device", device]
+    seconds = {}
+    for workers in (1, 2):
+        with tempfile.TemporaryDirectory() as out:
+            command = [sys.executable, __file__, "run", "--out", out, "--workers", str(workers)]
+            start = time.perf_counter()
+            subprocess.run([*command, *words], check=True, stdout=subprocess.DEVNULL)
+            seconds[workers] = time.perf_counter() - start
+            runs = metrics.load_rows(Path(out) / "stage1" / "runs.csv")
+            training = runs["seconds"].sum() / workers
+    name = f"a sweep of {len(runs)} runs: 2 workers / 1 worker"
+    rows = [ratio_row(name, seconds[2], seconds[1], "s")]
+    name = "its start, loading, saving and drawing with 2 workers / the whole of it"
+    return [*rows, ratio_row(name, seconds[2] - training, seconds[2], "s")]
 
 
 if __name__ == "__main__":

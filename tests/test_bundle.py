@@ -1,623 +1,675 @@
-"""What holds for the bundle as a whole, and for every stage alike: layout, data, training, command line, prose."""
+"""What holds for every stage alike: data, commands, resuming, signals, messages. Stage by stage."""
 
-import ast
+import gzip
 import importlib
-import inspect
-import json
-import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
-from dataclasses import replace
+import time
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, read
-from sklearn import metrics as sklearn_metrics
-from torch.nn import functional as F
-from torchvision import datasets
+from conftest import ROOT
+from PIL import Image
 
 import metrics
 
-STAGES = sorted(ROOT.glob("stage*.py"))
-SECTIONS = ["Config", "Data", "Model", "Training", "Experiments", "Pictures", "Command line"]
+STAGES = ["stage1_mlp"]
+DATASETS = {"stage1_mlp": ("MNIST", "FashionMNIST")}  # a stage's own set, and the other
+QUICK = {"stage1_mlp": "activation"}  # an experiment of several short runs
+OWN_FLAGS = {"stage1_mlp": ["--hidden", "6", "5"]}
+OWN_NAME = {"stage1_mlp": "hidden 6-5, steps 8, n train 300, n logs 2"}
+BAD_FLAGS = {
+    "stage1_mlp": [
+        (["train", "--hidden", "128", "0"], "hidden must be at least 1, not 0"),
+        (["train", "--hidden", "9" * 20], "hidden must be at most"),
+        (["train", "--dropout", "1"], "dropout must be at most 0.99, not 1.0"),
+        (["train", "--activation", "swish"], "swish"),
+    ]
+}
 
 
-def tracked() -> list[str]:
-    done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode:
-        pytest.skip("not a git repository")
-    return done.stdout.splitlines()
+@pytest.fixture(scope="module", params=STAGES)
+def stage(request):
+    return importlib.import_module(request.param)
 
 
-def test_nothing_else_lies_at_the_top_level():
-    allowed = {"README.md", "requirements.txt", "metrics.py", "LEARNING_LOG.md", "figures", "tests", "data", ".ci"}
-    allowed |= {".gitignore", ".ruff.toml", "stage1_mlp.py", "stage2_rnn.py", "stage3_attention.py"}
-    assert {path.split("/")[0] for path in tracked()} <= allowed
+@pytest.fixture
+def folder_of(stage):
+    return lambda out: out / stage.__name__.split("_")[0]
+
+
+def rows_of(folder, table="runs"):
+    return metrics.load_rows(folder / f"{table}.csv", as_text=True)
+
+
+def launch(stage, *arguments, **options):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | options.pop("env", {})
+    command = [sys.executable, stage.__file__, *map(str, arguments)]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
+    return subprocess.Popen(command, env=environment, **options)
+
+
+def finish(process):
+    out, error = process.communicate(timeout=300)
+    return process.returncode, out, error
+
+
+# ---- data ----
+
+
+def unpacked(name, raw):
+    with gzip.open(ROOT / "data" / raw / "raw" / f"{name}.gz") as file:
+        return file.read()
+
+
+@pytest.fixture
+def data_dir(stage, tmp_path):
+    """A data folder with the stage's four archives, as links."""
+    own = DATASETS[stage.__name__][0]
+    raw = tmp_path / "data" / own / "raw"
+    raw.mkdir(parents=True)
+    for archive in (ROOT / "data" / own / "raw").glob("*.gz"):
+        os.link(archive, raw / archive.name) if os.stat(raw).st_dev == os.stat(
+            archive
+        ).st_dev else shutil.copy(archive, raw)
+    return tmp_path / "data"
+
+
+def test_data_is_the_whole_set_split_by_class(stage):
+    data = stage.load_data()
+    assert [len(split.labels) for split in data] == [55_000, 5_000, 10_000]
+    own = DATASETS[stage.__name__][0]
+    labels = np.frombuffer(unpacked("train-labels-idx1-ubyte", own), np.uint8, offset=8)
+    ours = torch.cat([data.train.labels, data.val.labels])
+    np.testing.assert_array_equal(np.bincount(ours), np.bincount(labels))
+    share = data.val.labels.bincount() / torch.bincount(torch.tensor(labels))
+    torch.testing.assert_close(share, torch.full((10,), 1 / 12), rtol=0, atol=2e-4)
+    # every image stands once in one of the two splits, with its own label
+    pixels = np.frombuffer(unpacked("train-images-idx3-ubyte", own), np.uint8, offset=16)
+    weights = np.random.default_rng(0).integers(1, 1 << 40, 784)
+    theirs = pixels.reshape(-1, 784).astype(np.int64) @ weights
+    images = torch.cat([data.train.images, data.val.images]).flatten(1)
+    mean, std = pixels.mean() / 255, pixels.std() / 255
+    mine = ((images * std + mean) * 255).round().long().numpy() @ weights
+    np.testing.assert_array_equal(np.sort(mine), np.sort(theirs))
+    pairs = set(zip(theirs.tolist(), labels.tolist(), strict=True))
+    assert set(zip(mine.tolist(), ours.tolist(), strict=True)) == pairs
+
+
+def test_unpacked_files_are_read_first_and_nothing_is_written(stage, data_dir):
+    own = DATASETS[stage.__name__][0]
+    raw = data_dir / own / "raw"
+    packed = stage.load_data(data_dir)
+    before = sorted(raw.iterdir())
+    (raw / "t10k-labels-idx1-ubyte").write_bytes(unpacked("t10k-labels-idx1-ubyte", own))
+    (raw / "t10k-labels-idx1-ubyte.gz").unlink()
+    again = stage.load_data(data_dir)
+    assert torch.equal(packed.test.labels, again.test.labels)
+    names = {path.name for path in before} - {"t10k-labels-idx1-ubyte.gz"}
+    assert {path.name for path in raw.iterdir()} == names | {"t10k-labels-idx1-ubyte"}
+
+
+def other_sets(own, other, name):
+    return unpacked(name, other)
+
+
+def cut_short(own, other, name):
+    return unpacked(name, own)[:-784]
+
+
+def blacked_out(own, other, name):
+    content = unpacked(name, own)
+    return content[:16] + bytes(6000) + content[6016:]
+
+
+def wrong_label(own, other, name):
+    return unpacked(name, own)[:-1] + bytes([200])
+
+
+def wrong_type(own, other, name):
+    content = unpacked(name, own)
+    return content[:2] + bytes([9]) + content[3:]
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("t10k-images-idx3-ubyte", other_sets),
+        ("t10k-labels-idx1-ubyte", other_sets),
+        ("train-labels-idx1-ubyte", other_sets),
+        ("train-images-idx3-ubyte", other_sets),
+        ("t10k-images-idx3-ubyte", cut_short),
+        ("t10k-images-idx3-ubyte", blacked_out),
+        ("t10k-labels-idx1-ubyte", wrong_label),
+        ("train-labels-idx1-ubyte", wrong_type),
+    ],
+)
+def test_each_wrong_part_is_named_before_anything_is_trained(
+    stage, data_dir, tmp_path, capsys, name, damage
+):
+    own, other = DATASETS[stage.__name__]
+    path = data_dir / own / "raw" / name
+    path.write_bytes(damage(own, other, name))
+    command = ["--smoke", "--data-dir", str(data_dir), "--out", str(tmp_path / "out")]
+    assert stage.main(command) == 1
+    error = capsys.readouterr().err
+    assert str(path) in error
+    assert error.count("\n") == 1
+    assert not list((tmp_path / "out").rglob("*.csv"))
+
+
+def test_a_damaged_archive_and_a_missing_folder_are_one_line(stage, data_dir, tmp_path, capsys):
+    own = DATASETS[stage.__name__][0]
+    archive = data_dir / own / "raw" / "t10k-images-idx3-ubyte.gz"
+    content = bytearray(archive.read_bytes())
+    content[5000] ^= 1
+    archive.unlink()
+    archive.write_bytes(content)
+    nowhere = tmp_path / "nowhere"
+    for folder, quoted in ((data_dir, str(archive)), (nowhere, "--download")):
+        assert stage.main(["--smoke", "--data-dir", str(folder), "--out", str(tmp_path)]) == 1
+        error = capsys.readouterr().err
+        assert quoted in error
+        assert error.count("\n") == 1
+    assert not nowhere.exists()
+
+
+def test_torchvisions_older_layout_is_not_read(stage, data_dir):
+    own = DATASETS[stage.__name__][0]
+    (data_dir / own / "processed").mkdir()
+    (data_dir / own / "processed" / "training.pt").write_bytes(b"")
+    assert len(stage.load_data(data_dir).train.labels) == 55_000
+
+
+# ---- run ----
+
+
+@pytest.fixture(scope="module")
+def smoke(stage, tmp_path_factory):
+    """A smoke run of everything as a user starts it: elsewhere, in a hostile environment."""
+    folder = tmp_path_factory.mktemp("smoke")
+    (folder / "matplotlibrc").write_text("figure.dpi: 7\nfont.size: 50\n")
+    environment = {
+        "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "PYTHONIOENCODING": "ascii",
+        "DISPLAY": "",
+    }
+    process = launch(stage, "--smoke", "--out", folder / "out", cwd=folder, env=environment)
+    code, out, error = finish(process)
+    assert code == 0, error
+    return folder / "out" / stage.__name__.split("_")[0], out
+
+
+@pytest.fixture(scope="module")
+def quick(stage, tmp_path_factory):
+    """The folder of a smoke run of one experiment: two runs."""
+    out = tmp_path_factory.mktemp("quick")
+    assert stage.main(["--smoke", "--only", QUICK[stage.__name__], "--out", str(out)]) == 0
+    return out / stage.__name__.split("_")[0]
+
+
+def test_smoke_makes_every_table_and_picture(stage, smoke):
+    folder, printed = smoke
+    runs = rows_of(folder)
+    assert set(runs["experiment"]) == set(stage.EXPERIMENTS)
+    assert set(runs["seed"]) == {"0"}
+    for experiment in stage.SELECTED:
+        for name in (f"curves_{experiment}.png", f"confusion_{experiment}.png", f"{experiment}.pt"):
+            assert (folder / name).stat().st_size > 1000
+    for experiment in set(stage.EXPERIMENTS) - {*stage.SELECTED, "faults"}:
+        assert (folder / f"sweep_{experiment}.png").stat().st_size > 1000
+    summary = (folder / "summary.md").read_text(encoding="utf-8")
+    pictures = {path.name for path in folder.glob("*.png")}
+    assert all(f"({name})" in summary for name in pictures - {"mistakes.png"})
+    last = printed.rstrip().splitlines()[-1]
+    assert str(folder / "summary.md") in last
+
+
+def test_every_run_has_history_and_says_where_it_comes_from(stage, smoke):
+    runs, history = rows_of(smoke[0]), rows_of(smoke[0], "history")
+    key = ["experiment", "value", "seed"]
+    assert set(map(tuple, runs[key].values)) == set(map(tuple, history[key].values))
+    for column in ("status", "val_accuracy", "seconds", "parameters", "commit", "torch", "device"):
+        assert (runs[column] != "").all()
+    assert set(runs["threads"]) == {"1"}
+    for column in ("train_loss", "train_accuracy", "val_loss", "val_accuracy"):
+        assert history[column].astype(float).notna().any()
+
+
+def test_saved_test_scores_follow_from_the_saved_confusion(stage, smoke):
+    from sklearn.metrics import f1_score, precision_score
+
+    cells = metrics.load_rows(smoke[0] / "confusion.csv")
+    tests = metrics.load_rows(smoke[0] / "test_metrics.csv")
+    runs = metrics.load_rows(smoke[0] / "runs.csv").set_index("experiment")
+    assert set(tests["experiment"]) == set(stage.SELECTED)
+    for row in tests.to_dict("records"):
+        mine = cells[cells["experiment"] == row["experiment"]]
+        target = np.repeat(mine["true"], mine["count"])
+        predicted = np.repeat(mine["predicted"], mine["count"])
+        assert row["accuracy"] == pytest.approx((target == predicted).mean(), rel=1e-5)
+        options = {"average": "macro", "zero_division": 0}
+        assert row["macro_f1"] == pytest.approx(f1_score(target, predicted, **options), rel=1e-5)
+        theirs = precision_score(target, predicted, **options)
+        assert row["macro_precision"] == pytest.approx(theirs, rel=1e-5)
+        assert runs.loc[row["experiment"], "test_accuracy"] == pytest.approx(row["accuracy"])
+
+
+def test_the_users_own_matplotlib_settings_have_no_influence(stage, smoke):
+    for path in smoke[0].glob("curves_*.png"):
+        width, height = Image.open(path).size
+        assert width > 1000 and height > 400
+
+
+def test_plot_draws_the_same_pictures_and_summary_again(stage, smoke, tmp_path, folder_of):
+    shutil.copytree(smoke[0], folder_of(tmp_path))
+    for path in [*folder_of(tmp_path).glob("*.png"), folder_of(tmp_path) / "summary.md"]:
+        path.unlink()
+    assert stage.main(["plot", "--out", str(tmp_path)]) == 0
+    for path in [*smoke[0].glob("*.png"), smoke[0] / "summary.md"]:
+        assert (folder_of(tmp_path) / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_what_is_finished_is_found_and_what_is_outdated_is_trained_again(
+    stage, quick, tmp_path, folder_of, capsys, monkeypatch
+):
+    folder = folder_of(tmp_path)
+    shutil.copytree(quick, folder)
+    experiment = QUICK[stage.__name__]
+    command = ["--smoke", "--only", experiment, "--out", str(tmp_path)]
+    before = rows_of(folder)
+    trained = []
+    train = stage.train
+
+    def counted(config, *args):
+        trained.append(config)
+        return train(config, *args)
+
+    monkeypatch.setattr(stage, "train", counted)
+    assert stage.main(command) == 0
+    assert trained == []
+    assert "2 of 2 runs found there, 0 to do" in capsys.readouterr().out
+
+    table = stage.EXPERIMENTS[experiment]
+    value = next(iter(table))
+    changed = stage.replace(table[value], lr=0.5)
+    monkeypatch.setitem(table, value, changed)
+    assert stage.main(command) == 0
+    assert [config.lr for config in trained] == [0.5]
+    assert "1 were made with other settings" in capsys.readouterr().out
+    after = rows_of(folder)
+    assert len(after) == len(before)
+    is_it = (after["experiment"] == experiment) & (after["value"] == value)
+    assert after.loc[is_it, "lr"].tolist() == ["0.5"]
+    columns = [column for column in before if column not in ("seconds", "commit")]
+    pd.testing.assert_frame_equal(after.loc[~is_it, columns], before.loc[~is_it, columns])
+
+    assert stage.main([*command, "--fresh"]) == 0
+    assert len(trained) == 3
+
+
+def test_two_workers_give_the_rows_of_one(stage, tmp_path, folder_of):
+    """Whole trainings cut to a few steps by a sitecustomize, since --smoke takes no workers."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {stage.__name__} as stage\n"
+        f"table = stage.EXPERIMENTS[{QUICK[stage.__name__]!r}]\n"
+        "table.update({v: stage.small(c) for v, c in table.items()})\n"
+        "sys.exit(stage.main(sys.argv[1:]))\n"
+    )
+    rows = []
+    for workers in ("1", "2"):
+        out = tmp_path / workers
+        words = ["--only", QUICK[stage.__name__], "--seeds", "2", "--workers", workers]
+        command = [sys.executable, "-c", code, *words, "--out", str(out)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        tables = [rows_of(folder_of(out), table) for table in ("runs", "history")]
+        rows.append([table.drop(columns="seconds") for table in tables])
+    for one, two in zip(*rows, strict=True):
+        assert len(one) > 3
+        pd.testing.assert_frame_equal(one, two)
+
+
+CLUSTER = """
+import sys, distributed
+if __name__ == "__main__":
+    options = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": None}
+    with distributed.LocalCluster(**options) as cluster:
+        print(cluster.scheduler_address, flush=True)
+        sys.stdin.read()
+"""
+
+
+def test_dask_gives_the_rows_of_one_process(stage, quick, tmp_path, folder_of):
+    pytest.importorskip("distributed")
+    script = tmp_path / "cluster.py"
+    script.write_text(CLUSTER)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, script], cwd=tmp_path, **pipes) as cluster:
+        address = cluster.stdout.readline().strip()
+        words = ["--smoke", "--only", QUICK[stage.__name__], "--dask", address]
+        code, _, error = finish(launch(stage, *words, "--out", tmp_path / "dask"))
+        cluster.stdin.close()
+    assert code == 0, error
+    for table in ("runs", "history"):
+        one, two = (rows_of(folder, table) for folder in (quick, folder_of(tmp_path / "dask")))
+        pd.testing.assert_frame_equal(one.drop(columns="seconds"), two.drop(columns="seconds"))
+
+
+def test_a_killed_job_loses_its_run_alone_and_goes_on(stage, tmp_path, folder_of):
+    folder = folder_of(tmp_path)
+    experiment = QUICK[stage.__name__]
+    process = launch(stage, "--only", experiment, "--workers", "2", "--out", tmp_path)
+    wait_for_rows(folder, process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    finished = rows_of(folder)
+    extra = finished.head(1).assign(seed="77")  # as if it was killed between two files
+    history = rows_of(folder, "history")
+    metrics.save_rows(folder / "history.csv", pd.concat([history, extra[["experiment", "seed"]]]))
+    (folder / "runs.csv.123.aside").write_text("half a li")
+    metrics.drop_rows_of_no_run(folder)
+    assert "77" not in set(rows_of(folder, "history")["seed"])
+    assert not list(folder.glob("*.aside"))
+    pd.testing.assert_frame_equal(rows_of(folder), finished)
+    todo, n_outdated = stage.unfinished(stage.runs_of([experiment], 1), folder)
+    assert len(todo) == len(stage.EXPERIMENTS[experiment]) - len(finished)
+    assert n_outdated == 0
+
+
+def wait_for_rows(folder, process):
+    deadline = time.monotonic() + 200
+    while not (folder / "runs.csv").exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_job_says_how_to_go_on_and_leaves_nothing(
+    stage, tmp_path, folder_of, number, code
+):
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    environment = {"TMPDIR": str(temporary), "JOBLIB_TEMP_FOLDER": str(temporary)}
+    words = ["--only", QUICK[stage.__name__], "--workers", "2", "--out", str(tmp_path / "o o")]
+    process = launch(stage, *words, env=environment, cwd=tmp_path)
+    wait_for_rows(folder_of(tmp_path / "o o"), process)
+    process.send_signal(number)
+    returned, _, error = finish(process)
+    assert returned == code
+    last = error.strip().splitlines()[-1]
+    assert f"python {stage.__file__} --only" in last
+    assert "'" in last  # the folder with a space is quoted
+    assert len(rows_of(folder_of(tmp_path / "o o"))) >= 1
+    deadline = time.monotonic() + 20
+
+    def files_left():
+        return [path for path in temporary.rglob("*") if path.is_file()]
+
+    while files_left() and time.monotonic() < deadline:
+        time.sleep(0.2)  # joblib's tracker removes its folder when all have gone
+    assert files_left() == []
+
+
+# ---- train ----
+
+
+def test_train_names_its_run_by_what_was_changed_and_always_trains(
+    stage, tmp_path, folder_of, capsys
+):
+    short = ["--steps", "8", "--n-train", "300", "--n-logs", "2"]
+    command = ["train", *OWN_FLAGS[stage.__name__], *short, "--out", str(tmp_path)]
+    weights = tmp_path / "deep" / "own.pt"
+    assert stage.main(command) == 0
+    printed = capsys.readouterr().out
+    assert "validation images: accuracy" in printed
+    assert "test images" not in printed
+    assert stage.main([*command, "--seed", "3", "--test", "--save", str(weights)]) == 0
+    printed = capsys.readouterr().out
+    assert "n_train=300" in printed
+    assert "test images, because of --test: accuracy" in printed
+    assert stage.main(command) == 0
+    runs = rows_of(folder_of(tmp_path))
+    assert runs["experiment"].tolist() == [OWN_NAME[stage.__name__]] * 2
+    assert sorted(runs["seed"]) == ["0", "3"]
+    tests = runs.set_index("seed")["test_accuracy"]
+    assert tests["0"] == ""
+    model = stage.load_weights(weights)
+    found = stage.evaluate(model, stage.load_data().test)
+    assert found["accuracy"] == pytest.approx(float(tests["3"]), abs=1e-5)
+
+
+# ---- predict ----
+
+
+def test_predict_names_what_is_no_image_and_reads_the_others(stage, smoke, tmp_path, capsys):
+    image = tmp_path / "图.png"
+    picture = np.full((60, 50), 240, np.uint8)
+    picture[10:50, 22:28] = 20
+    Image.fromarray(picture).save(image)
+    text = tmp_path / "text.png"
+    text.write_text("no image")
+    even = tmp_path / "even.png"
+    Image.new("L", (30, 30), 128).save(even)
+    weights = next(iter(smoke[0].glob("*.pt")))
+    words = [str(text), str(image), str(tmp_path / "none.png"), str(even)]
+    seen = tmp_path / "seen.png"
+    command = ["predict", *words, "--weights", str(weights), "--save-picture", str(seen)]
+    assert stage.main(command) == 1
+    printed = capsys.readouterr()
+    assert printed.out.startswith(f"{image}: ")
+    assert printed.out.count("\n") == 1
+    assert [str(name) in printed.err for name in (text, tmp_path / "none.png", even)] == [True] * 3
+    assert printed.err.count("\n") == 3
+    assert Image.open(seen).size[0] > 100
+
+
+def test_weights_that_are_none_are_one_line(stage, tmp_path, capsys):
+    image = tmp_path / "i.png"
+    Image.new("L", (30, 30), 128).save(image)
+    wrong = tmp_path / "wrong.pt"
+    wrong.write_bytes(b"nothing")
+    for weights in (wrong, tmp_path / "none.pt"):
+        assert stage.main(["predict", str(image), "--weights", str(weights)]) == 1
+        error = capsys.readouterr().err
+        assert str(weights) in error
+        assert error.count("\n") == 1
+
+
+# ---- flags ----
+
+COMMON_BAD_FLAGS = [
+    (["trian"], "did you mean train?"),
+    (["--bogus"], "--bogus"),
+    (["train", "--epochs", "0"], "epochs must be at least 1, not 0"),
+    (["train", "--epochs", "two"], "two"),
+    (["train", "--batchsize", "8"], "--batch-size"),
+    (["train", "--batch-size", "99999999999999999999"], "--batch-size"),
+    (["train", "--lr", "-1"], "-1.0"),
+    (["train", "--lr", "nan"], "nan"),
+    (["train", "--n-train", "55001"], "55,001"),
+    (["train", "--n-logs", "2000000000"], "2,000,000,000"),
+    (["--seeds", "0"], "seeds must be at least 1, not 0"),
+    (["--seeds", "20240601"], "20,240,601"),
+    (["--only", "colour"], "colour"),
+    (["--device", "tpu"], "tpu"),
+    (["predict"], "at least one image"),
+]
+
+
+def test_a_bad_flag_names_itself_and_exits_with_2_before_anything_is_loaded(
+    stage, capsys, monkeypatch
+):
+    monkeypatch.setattr(stage, "load_data", lambda *_: pytest.fail("data was loaded"))
+    for flags, quoted in COMMON_BAD_FLAGS + BAD_FLAGS[stage.__name__]:
+        with pytest.raises(SystemExit) as stopped:
+            stage.main(flags)
+        assert stopped.value.code == 2, flags
+        printed = capsys.readouterr()
+        error = " ".join((printed.err + printed.out).replace("│", " ").split())
+        assert quoted in error
+        assert "dummy" not in error and "self." not in error
+
+
+def test_only_takes_several_names_and_may_be_repeated(stage):
+    names = list(stage.EXPERIMENTS)
+    once = stage.parse(["--only", names[0], names[1]])
+    twice = stage.parse(["run", "--only", names[0], "--only", names[1]])
+    assert once.experiments == twice.experiments == names[:2]
+    assert stage.parse(["--only", "all"]).experiments == names
+    assert stage.parse([]).experiments == list(stage.THE_BRIEF)
+
+
+def test_every_flag_has_its_meaning_in_the_help(stage, capsys):
+    for command in stage.COMMANDS:
+        with pytest.raises(SystemExit) as stopped:
+            stage.main([command, "-h"])
+        assert stopped.value.code == 0
+        text = capsys.readouterr().out
+        if command == "train":
+            for field in stage.fields(stage.Config):
+                assert f"--{field.name.replace('_', '-')}" in text or field.type is bool
+
+
+# ---- folders and streams ----
+
+
+def test_a_second_job_in_a_folder_is_refused_also_through_a_link(
+    stage, tmp_path, folder_of, capsys
+):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with stage.claimed(folder_of(tmp_path / "real")):
+        command = ["--smoke", "--only", QUICK[stage.__name__], "--out", str(tmp_path / "link")]
+        assert stage.main(command) == 1
+    error = capsys.readouterr().err
+    assert "another job is at work in" in error
+    assert error.count("\n") == 1
+    assert not list(folder_of(tmp_path / "real").iterdir())
+
+
+@pytest.mark.parametrize("name", ["结果", b"\xbd\xe1".decode("utf-8", "surrogateescape")])
+def test_folders_of_any_name(stage, quick, tmp_path, folder_of, name):
+    out = tmp_path / name
+    shutil.copytree(quick, folder_of(out))
+    process = launch(stage, "plot", "--out", out, env={"LC_ALL": "C", "PYTHONUTF8": "0"})
+    code, _, error = finish(process)
+    assert code == 0, error
+
+
+def test_a_table_from_a_spreadsheet_is_read_and_a_damaged_one_is_named(
+    stage, quick, tmp_path, folder_of, capsys
+):
+    folder = folder_of(tmp_path)
+    shutil.copytree(quick, folder)
+    path = folder / "runs.csv"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    command = ["--smoke", "--only", QUICK[stage.__name__], "--out", str(tmp_path)]
+    assert stage.main(command) == 0
+    assert "2 of 2 runs found" in capsys.readouterr().out
+    for damage in (b"", b'experiment,value\n"open', b"\xff\xfe\x00", b"PK\x03\x04,2\n1,2,3\n"):
+        path.write_bytes(damage)
+        assert stage.main(command) == 1
+        error = capsys.readouterr().err
+        assert str(path) in error
+        assert error.count("\n") == 1
+
+
+def test_streams_that_are_closed_or_full(stage, quick):
+    out = quick.parent
+    with open("/dev/full", "w") as full:
+        code, _, error = finish(launch(stage, "plot", "--out", out, stdout=full))
+    assert code == 1
+    assert error.count("\n") == 1
+    reader, writer = os.pipe()
+    os.close(reader)
+    code, _, error = finish(launch(stage, "plot", "--out", out, stdout=writer))
+    os.close(writer)
+    assert "Traceback" not in error
+
+
+def test_a_folder_that_cannot_be_made_and_plot_without_rows_are_one_line(stage, tmp_path, capsys):
+    (tmp_path / "taken").write_text("a file")
+    for command in (
+        ["--smoke", "--out", str(tmp_path / "taken")],
+        ["plot", "--out", str(tmp_path / "empty")],
+    ):
+        assert stage.main(command) == 1
+        error = capsys.readouterr().err
+        assert str(tmp_path) in error
+        assert error.count("\n") == 1
+
+
+def test_benchmark_writes_ratios_of_what_it_timed(stage, tmp_path, folder_of, capsys):
+    assert stage.main(["benchmark", "--smoke", "--out", str(tmp_path)]) == 0
+    rows = metrics.load_rows(folder_of(tmp_path) / "benchmark.csv")
+    assert len(rows) > 3
+    np.testing.assert_allclose(rows["ratio"], rows["first"] / rows["second"], rtol=1e-4)
+    assert (folder_of(tmp_path) / "benchmark.png").exists()
+    assert (rows["device"] != "").all()
 
 
 def test_the_eight_archives_are_committed_and_nothing_unpacked_is():
-    data = [path for path in tracked() if path.startswith("data/") and path != "data/README.md"]
+    done = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        pytest.skip("not a git repository")
+    data = [path for path in done.stdout.split() if path.startswith("data/") and "ubyte" in path]
     assert len(data) == 8
     assert all(path.endswith("-ubyte.gz") for path in data)
 
 
-@pytest.mark.parametrize("path", STAGES, ids=lambda path: path.stem)
-def test_a_stage_has_the_sections_in_their_order(path):
-    text = path.read_text(encoding="utf-8")
-    assert ast.get_docstring(ast.parse(text)).startswith(f"Stage {path.stem[5]}: ")
-    banners = re.findall(r"^# -{8} (\d)\. (.+?) -+$", text, re.MULTILINE)
-    assert banners == [(str(number), name) for number, name in enumerate(SECTIONS, 2)]
-    assert 400 <= len(text.splitlines()) <= 600
+# ---- documents ----
+
+DOCUMENTS = ["README.md", "LEARNING_LOG.md"]
 
 
-@pytest.mark.parametrize("path", STAGES, ids=lambda path: path.stem)
-def test_a_stage_imports_metrics_and_no_other_stage(path):
-    tree = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-    imports = [node for node in tree if isinstance(node, ast.Import | ast.ImportFrom)]
-    names = {alias.name for node in imports if isinstance(node, ast.Import) for alias in node.names}
-    names |= {node.module for node in imports if isinstance(node, ast.ImportFrom)}
-    assert "metrics" in names
-    assert not any(name.startswith("stage") for name in names)
-
-
-@pytest.mark.parametrize(
-    "document", ["README.md", "LEARNING_LOG.md", *(f"figures/{path.stem[:6]}/summary.md" for path in STAGES)]
-)
+@pytest.mark.parametrize("document", [*DOCUMENTS, "figures/stage1/summary.md"])
 def test_every_link_of_a_document_leads_somewhere(document):
     text = (ROOT / document).read_text(encoding="utf-8")
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
+    links = [link for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text) if "://" not in link]
     assert links
     for link in links:
         assert ((ROOT / document).parent / link).exists(), link
 
 
-# ---- in every stage ----
-
-NAMES = [path.stem for path in STAGES]
-CPU = torch.device("cpu")
-SMALL = {  # a Config that trains in a moment
-    "stage1_mlp": {"hidden": (9, 7), "dropout": 0.2, "deform": 1.0},
-    "stage2_rnn": {"n_hidden": 9, "cell": "gru", "n_layers": 2, "bidirectional": True, "dropout": 0.2},
-    "stage3_attention": {"d_model": 12, "n_heads": 6, "n_kv_heads": 3, "dropout": 0.2},
-}
-BY_HEART = {
-    "stage1_mlp": {"hidden": (128, 256), "steps": 150},
-    "stage2_rnn": {"n_hidden": 128, "steps": 400, "flip": False},
-    "stage3_attention": {"d_model": 64, "steps": 400, "dropout": 0.0},
-}
-SETS = {  # its own, and the other
-    "stage1_mlp": ("MNIST", "FashionMNIST"),
-    "stage2_rnn": ("FashionMNIST", "MNIST"),
-    "stage3_attention": ("FashionMNIST", "MNIST"),
-}
-OWN_TABLES = {
-    "stage1_mlp": ["gradients"],
-    "stage2_rnn": ["gradients", "reading"],
-    "stage3_attention": ["arithmetic", "decode", "demo", "maps", "scale", "sharing"],
-}
-OWN_PICTURES = {
-    "stage1_mlp": ["fault_gradients"],
-    "stage2_rnn": ["memory", "state_gradients", "reading_rnn", "reading_gru", "reading_lstm"],
-    "stage3_attention": [
-        *("demo_weights", "demo_sharing", "sweep_scale", "scale", "decode"),
-        *(f"maps_{name}" for name in ("mha", "gqa4", "gqa2", "mqa")),
-    ],
-}
-TWO_SWEEPS = {
-    "stage1_mlp": ["depth", "init"],
-    "stage2_rnn": ["hidden", "init"],
-    "stage3_attention": ["kv_heads", "position"],
-}
-
-
-@pytest.fixture(scope="module", params=NAMES)
-def stage(request):
-    return importlib.import_module(request.param)
-
-
-@pytest.fixture(scope="module")
-def data(stage):
-    return stage.load_data(stage.Config())
-
-
-@pytest.fixture
-def small(stage):
-    return stage.Config(n_train=300, batch_size=32, steps=12, n_logs=3, **SMALL[stage.__name__])
-
-
-@pytest.fixture(scope="module")
-def smoke(stage, tmp_path_factory):
-    """A smoke run of everything, as a user starts it: from another folder, without a display."""
-    folder = tmp_path_factory.mktemp("smoke")
-    environment = {name: value for name, value in os.environ.items() if name not in ("DISPLAY", "MPLBACKEND")}
-    command = [sys.executable, stage.__file__, "--smoke", "--figures-dir", str(folder / "out")]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return folder / "out" / stage.__name__.split("_")[0], done.stdout
-
-
-def without_seconds(rows):
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
-
-
-def test_public_names_and_signatures_are_the_same(stage):
-    signatures = {name: str(inspect.signature(getattr(stage, name))) for name in ("evaluate", "plot", "main")}
-    assert signatures["evaluate"] == "(model: torch.nn.modules.module.Module, split: metrics.Split) -> dict"
-    assert signatures["plot"] == "(figures: pathlib.Path) -> list[pathlib.Path]"
-    assert signatures["main"] == "(argv: list[str] | None = None) -> int"
-    assert list(inspect.signature(stage.load_data).parameters) == ["config", "device", "data_dir"]
-    assert list(inspect.signature(stage.train).parameters) == ["config", "data", "bar"]
-    assert list(stage.AXES) == [*stage.SWEEPS, *stage.PROBES]
-
-
-def test_the_update_reads_the_same_line_for_line_in_the_three():
-    stages = [importlib.import_module(name) for name in NAMES]
-    updates = {inspect.getsource(stage.train).partition("optimizer.zero_grad()")[2] for stage in stages}
-    (update,) = updates
-    order = ["loss.backward()", "clip_grad_norm_", "optimizer.step()", "schedule.step()", "evaluate(model, data.val)"]
-    places = [update.index(words) for words in order]
-    assert places == sorted(places)
-
-
-def test_data_is_the_whole_set_split_by_class(stage, data):
-    assert [len(split.labels) for split in data] == [55_000, 5_000, 10_000]
-    name = SETS[stage.__name__][0]
-    whole = getattr(datasets, name)(str(ROOT / "data"), train=True)
-    assert torch.equal(data.train.labels.bincount() + data.val.labels.bincount(), whole.targets.bincount())
-    share = data.val.labels.bincount() / whole.targets.bincount()
-    torch.testing.assert_close(share, torch.full((10,), 1 / 12), rtol=0, atol=2e-4)
-    # together, the two splits are the 60,000 images, each once
-    mean, std = (round(measure(whole.data / 255).item(), 4) for measure in (torch.mean, torch.std))
-    ours = torch.cat([data.train.images, data.val.images]).flatten(1).mul(std).add(mean).mul(255).round().byte()
-    mixed = torch.randint(1, 1 << 40, (784,), generator=torch.Generator().manual_seed(0))
-    ours, theirs = ((pixels.long() * mixed).sum(1) for pixels in (ours, whole.data.flatten(1)))
-    assert torch.equal(ours.sort().values, theirs.sort().values)
-    # and image and label still belong together
-    labels = dict(zip(theirs.tolist(), whole.targets.tolist(), strict=True))
-    wrong = sum(labels[key] != label for key, label in zip(ours.tolist(), data.train.labels.tolist(), strict=False))
-    assert wrong <= 2 * (len(ours) - len(labels))  # but for images that the set has twice, under two labels
-
-
-def test_the_split_does_not_depend_on_the_run(stage, data):
-    torch.manual_seed(123)
-    again = stage.load_data(stage.Config(seed=9, batch_size=3))
-    assert all(
-        torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels) for a, b in zip(data, again, strict=True)
-    )
-
-
-def test_one_batch_is_learned_by_heart(stage, data):
-    own = BY_HEART[stage.__name__]
-    config = stage.Config(n_train=64, batch_size=64, n_logs=3, lr=3e-3, label_smoothing=0.0, **own)
-    model, history = stage.train(config, data)
-    assert history[-1]["train_loss"] < 1e-3
-    seen = stage.evaluate(model, metrics.Split(*(part[:64] for part in data.train)))
-    assert seen["accuracy"] == 1
-    assert seen["loss"] < 1e-3
-
-
-def test_the_same_seed_gives_the_same_history(stage, data, small):
-    histories = [stage.train(replace(small, clip=1.0, seed=seed), data)[1] for seed in (3, 3, 4)]
-    first, second, other = map(without_seconds, histories)
-    assert first == second != other
-    keys = ["step", "epoch", "train_loss", "val_loss", "val_accuracy", "val_macro_f1", "grad_norm", "seconds"]
-    assert list(histories[0][0]) == keys
-    assert [row["step"] for row in first] == [4, 8, 12]
-    assert [row["epoch"] for row in first] == [0.4, 0.8, 1.2]  # 300 images are 10 batches of 32 at most
-
-
-def test_nothing_waits_for_the_device_between_log_rows(stage, data, small, monkeypatch):
-    reads = []
-    for name in ("item", "__bool__", "__float__", "tolist", "cpu", "numpy"):
-        original = getattr(torch.Tensor, name)
-        monkeypatch.setattr(
-            torch.Tensor, name, lambda t, *a, original=original, **k: (reads.append(1), original(t, *a, **k))[1]
-        )
-    counted = []
-    for steps in (10, 50):
-        reads.clear()
-        stage.train(replace(small, steps=steps, n_logs=1), data)
-        counted.append(len(reads))
-    assert counted[0] == counted[1] > 0
-
-
-def test_a_loss_that_is_not_finite_ends_the_run_and_is_named(stage, data, small):
-    config = replace(small, optimizer="sgd", lr=1e30, warmup=0.0, steps=100, n_logs=10, clip=0.0)
-    _, history = stage.train(config, data)
-    assert metrics.status(history) == "diverged"
-    assert len(history) < 10
-    tables = stage.execute(metrics.Run("lr", "1e30", config), data, bar=None)
-    assert tables["runs"][0]["status"] == "diverged"
-
-
-def test_evaluate_equals_scikit_learn_and_leaves_the_model_as_it_was(stage, data, small):
-    model = stage.build(small, CPU)
-    split = metrics.Split(*(part[::3] for part in data.val))
-    result, again = stage.evaluate(model, split), stage.evaluate(model, split)
-    assert model.training
-    assert torch.equal(result.pop("confusion"), again.pop("confusion"))
-    assert result == again  # dropout is off
-    with torch.no_grad():
-        logits = model.eval()(split.images)
-    p, r, f, _ = sklearn_metrics.precision_recall_fscore_support(
-        split.labels, logits.argmax(1), labels=range(10), average="macro", zero_division=0
-    )
-    expected = {"accuracy": (logits.argmax(1) == split.labels).double().mean().item(), "macro_precision": p}
-    expected |= {"macro_recall": r, "macro_f1": f, "loss": F.cross_entropy(logits, split.labels).item()}
-    assert result == pytest.approx(expected, rel=1e-6)
-
-
-# ---- the command line ----
-
-
-def test_smoke_makes_every_promised_file(stage, smoke):
-    folder, printed = smoke
-    selected = stage.SELECTED.values()
-    tables = ["runs", "history", "test_metrics", "confusion", "faults", "benchmark", *OWN_TABLES[stage.__name__]]
-    pictures = [f"{kind}_{name}" for kind in ("curves", "confusion") for name in selected]
-    pictures += [f"sweep_{name}" for name in stage.SWEEPS] + ["faults", "benchmark", *OWN_PICTURES[stage.__name__]]
-    promised = {f"{name}.csv" for name in tables} | {f"{name}.png" for name in pictures}
-    assert {path.name for path in folder.iterdir()} == promised | {"summary.md", "environment.json"}
-    for name in pictures:
-        assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-        assert f"wrote {folder / name}.png" in printed
-    summary = (folder / "summary.md").read_text(encoding="utf-8")
-    assert all(f"({name}.png)" in summary for name in pictures)
-    runs = read(folder / "runs.csv")
-    assert {row["experiment"] for row in runs} == {*selected, "faults", *stage.AXES}
-    assert {row["n_train"] for row in runs if row["experiment"] in selected} == {str(stage.SMOKE["n_train"])}
-    jobs = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
-    first = next(iter(selected))
-    assert jobs[first]["command"].startswith(f"python {stage.__name__}.py --smoke")
-
-
-def test_saved_test_scores_follow_from_the_saved_confusion(smoke):
-    folder, _ = smoke
-    cells = read(folder / "confusion.csv")
-    for row in read(folder / "test_metrics.csv"):
-        mine = [c for c in cells if (c["experiment"], c["seed"]) == (row["experiment"], row["seed"])]
-        target = np.repeat([int(c["true"]) for c in mine], [int(c["count"]) for c in mine])
-        predicted = np.repeat([int(c["predicted"]) for c in mine], [int(c["count"]) for c in mine])
-        assert len(target) == 10_000
-        assert float(row["accuracy"]) == pytest.approx((target == predicted).mean(), rel=1e-5)
-        macro_f1 = sklearn_metrics.f1_score(target, predicted, average="macro")
-        assert float(row["macro_f1"]) == pytest.approx(macro_f1, rel=1e-5)
-
-
-def test_plot_draws_the_same_summary_again(stage, smoke, tmp_path):
-    folder = tmp_path / smoke[0].name
-    shutil.copytree(smoke[0], folder)
-    (folder / "summary.md").unlink()
-    assert stage.main(["plot", "--figures-dir", str(tmp_path)]) == 0
-    assert (folder / "summary.md").read_bytes() == (smoke[0] / "summary.md").read_bytes()
-
-
-def test_resume_gives_the_rows_of_an_uninterrupted_run(stage, tmp_path, monkeypatch, capsys):
-    sweeps, name = TWO_SWEEPS[stage.__name__], stage.__name__.split("_")[0]
-    command = ["sweep", "--smoke", "--only", *sweeps, "--seeds", "2", "--quiet", "--figures-dir"]
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert stage.main([*command, str(whole)]) == 0
-
-    calls, train = [], stage.train
-
-    def interrupted(config, data, bar=None):
-        calls.append(config)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return train(config, data, bar)
-
-    monkeypatch.setattr(stage, "train", interrupted)
-    assert stage.main([*command, str(broken)]) == 130
-    assert "--resume" in capsys.readouterr().err
-    assert not (broken / name / "runs.csv").exists()
-    assert stage.main([*command, str(broken), "--resume"]) == 0
-    assert len(calls) == 4 + 5  # the three runs that had ended were not repeated
-    for table in ("runs", "history"):
-        rows = [without_seconds(read(folder / name / f"{table}.csv")) for folder in (whole, broken)]
-        assert rows[0] == rows[1]
-        assert len(rows[0]) == (8 if table == "runs" else 16)
-    assert not list((broken / name).glob("*unfinished*"))
-
-
-@pytest.fixture(scope="module")
-def one_process(tmp_path_factory):
-    """A sweep of stage 1 in one process with half of the threads: the command without its folder, and the rows."""
-    command = ["stage1_mlp.py", "sweep", "--smoke", "--only", "depth", "init", "--seeds", "2", "--figures-dir"]
-    folder = tmp_path_factory.mktemp("one")
-    done = launch([sys.executable, *command, str(folder)])
-    assert done.returncode == 0, done.stderr
-    return command, rows_without_seconds(folder)
-
-
-def launch(command, **environment):
-    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // 2))} | environment
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-
-
-def rows_without_seconds(folder):
-    return [without_seconds(read(folder / "stage1" / f"{table}.csv")) for table in ("runs", "history")]
-
-
-TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-
-
-def test_two_processes_under_torchrun_give_the_rows_of_one(one_process, tmp_path):
-    command, rows = one_process
-    done = launch([*TWO, *command, str(tmp_path)])
-    assert done.returncode == 0, done.stderr
-    assert rows_without_seconds(tmp_path) == rows
-    assert not list((tmp_path / "stage1").glob("*unfinished*"))
-    jobs = json.loads((tmp_path / "stage1" / "environment.json").read_text(encoding="utf-8"))
-    assert jobs["depth"]["command"].startswith("torchrun --nproc-per-node=2 stage1_mlp.py sweep")
-    assert done.stdout.count("# MLP on MNIST") == 1  # one of the two speaks
-
-
-def test_a_killed_process_loses_only_its_run_and_resume_completes_it(one_process, tmp_path):
-    command, rows = one_process
-    killer = tmp_path / "sitecustomize.py"  # in process 1, the third run kills the process, as a full memory would
-    killer.write_text(
-        "import os, signal\n"
-        "if os.environ.get('RANK') == '1':\n"
-        "    import json\n"
-        "    dumps, seen = json.dumps, []\n"
-        "    def count(value, **options):\n"
-        "        if isinstance(value, dict) and 'tables' in value:\n"
-        "            seen.append(1)\n"
-        "            if len(seen) == 3:\n"
-        "                os.kill(os.getpid(), signal.SIGKILL)\n"
-        "        return dumps(value, **options)\n"
-        "    json.dumps = count\n"
-    )
-    out = tmp_path / "out"
-    done = launch([*TWO, *command, str(out)], PYTHONPATH=str(tmp_path))
-    assert done.returncode != 0
-    assert not (out / "stage1" / "runs.csv").exists()
-    journals = {p.name: len(p.read_text().splitlines()) for p in (out / "stage1").glob("*.jsonl")}
-    assert journals["sweep.1.unfinished.jsonl"] == 2
-    assert journals.get("sweep.unfinished.jsonl", 0) <= 4
-    done = launch([sys.executable, *command, str(out), "--resume"])
-    assert done.returncode == 0, done.stderr
-    assert rows_without_seconds(out) == rows
-    assert not list((out / "stage1").glob("*unfinished*"))
-
-
-BAD_FLAGS = [
-    (["trian"], "trian"),
-    (["--bogus"], "--bogus"),
-    (["--epochs", "0"], "epochs must be at least 1 and less than inf, not 0"),
-    (["--epochs", "two"], "two"),
-    (["--lr", "-1"], "not -1.0"),
-    (["--lr", "nan"], "not nan"),
-    (["--n-train", "55001"], "55001"),
-    (["--optimizer", "lion"], "lion"),
-    (["--seeds", "0"], "--seeds must be at least 1, not 0"),
-    (["--only", "colour"], "colour"),
-    (["train", "--only", "init"], "init"),
-    (["--device", "tpu"], "tpu"),
-]
-OWN_BAD_FLAGS = {
-    "stage1_mlp": [
-        (["--hidden", "128", "0"], "(128, 0)"),
-        (["--dropout", "1"], "1.0"),
-        (["--activation", "swish"], "swish"),
-    ],
-    "stage2_rnn": [
-        (["--n-hidden", "0"], "n_hidden must be at least 1 and less than inf, not 0"),
-        (["--cell", "elman"], "elman"),
-        (["--reading", "spiral"], "spiral"),
-        (["--padding", "-1"], "not -1"),
-    ],
-    "stage3_attention": [
-        (["--n-heads", "0"], "n_heads must be at least 1 and less than inf, not 0"),
-        (["--n-heads", "6", "--n-kv-heads", "4"], "n_heads=6"),
-        (["--d-model", "33"], "d_model=33"),
-        (["--position", "spiral"], "spiral"),
-    ],
-}
-
-
-def test_a_bad_flag_is_one_line_and_exit_2(stage, capsys):
-    for flags, quoted in BAD_FLAGS + OWN_BAD_FLAGS[stage.__name__]:
-        with pytest.raises(SystemExit) as stopped:
-            stage.main(flags)
-        assert stopped.value.code == 2
-        error = capsys.readouterr().err
-        assert quoted in error
-        assert error.count("\n") == 1
-
-
-def test_flags_that_do_not_fit_each_other_are_one_line_and_those_that_do_are_taken(capsys):
-    stage = importlib.import_module("stage3_attention")
-    for command in (["benchmark", "--n-heads", "32"], ["plot", "--n-heads", "7"], ["mqa", "--n-heads", "7"]):
-        with pytest.raises(SystemExit) as stopped:
-            stage.main([*command, "--smoke"])
-        assert stopped.value.code == 2
-        error = capsys.readouterr().err
-        assert f"n_heads={command[2]}" in error
-        assert error.count("\n") == 1
-    _, given = metrics.parse_command_line(stage, [], ["gqa4", "--n-heads", "12"])  # 12 is no multiple of train's 8
-    (run,) = metrics.plan(stage, "gqa4", {}, given, [], 1)
-    assert (run.config.n_heads, run.config.n_kv_heads) == (12, 4)
-
-
-def test_ctrl_c_says_how_to_go_on_wherever_it_comes(stage, tmp_path, monkeypatch, capsys):
-    def stop(*_, **__):
-        raise KeyboardInterrupt
-
-    command = ["benchmark", "--smoke", "--quiet", "--figures-dir", str(tmp_path)]
-    script = f"{stage.__name__}.py"
-    with monkeypatch.context() as patched:
-        patched.setattr(stage, "load_data", stop)  # before anything is saved
-        assert stage.main(command) == 130
-    assert capsys.readouterr().err.endswith(f"go on with: python {script} {' '.join(command)} --resume\n")
-    with monkeypatch.context() as patched:
-        patched.setattr(stage, "plot", stop)  # when all is saved
-        assert stage.main(command) == 130
-    assert capsys.readouterr().err.endswith(f"go on with: python {script} plot --figures-dir {tmp_path}\n")
-
-
-def test_the_users_epochs_win_over_a_jobs_steps(stage):
-    args, given = metrics.parse_command_line(stage, ["benchmark"], ["sweep", "--epochs", "2"])
-    runs = metrics.plan(stage, "sweep", {}, given, [TWO_SWEEPS[stage.__name__][1]], None)
-    assert all(run.config.n_steps == 2 * math.ceil(55_000 / run.config.batch_size) for run in runs)
-    assert len(runs) == len(stage.SWEEPS[TWO_SWEEPS[stage.__name__][1]])
-    assert args.only == list(stage.SWEEPS)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_a_device_that_is_not_there(stage, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        stage.main(["--device", "cuda"])
-    assert stopped.value.code == 2
-    assert "cuda" in capsys.readouterr().err
-
-
-@pytest.fixture
-def run_on(stage, tmp_path, capsys):
-    """Start a smoke run on a data folder that has something wrong: its exit status and its one line."""
-
-    def run(data_dir):
-        figures = tmp_path / "out"
-        code = stage.main(["train", "--smoke", "--quiet", "--data-dir", str(data_dir), "--figures-dir", str(figures)])
-        error = capsys.readouterr().err
-        assert error.count("\n") == 1
-        assert not figures.exists()  # nothing was begun
-        return code, error
-
-    return run
-
-
-def test_a_damaged_archive_is_named(stage, tmp_path, run_on):
-    name = SETS[stage.__name__][0]
-    shutil.copytree(ROOT / "data" / name, tmp_path / name)
-    archive = tmp_path / name / "raw" / "t10k-images-idx3-ubyte.gz"
-    damaged = bytearray(archive.read_bytes())
-    damaged[5000] ^= 1
-    archive.write_bytes(damaged)
-    code, error = run_on(tmp_path)
-    assert code == 1
-    assert str(archive) in error
-    assert dict(getattr(datasets, name).resources)["t10k-images-idx3-ubyte.gz"] in error
-
-
-def test_the_other_set_in_its_place_is_refused(stage, tmp_path, run_on):
-    own, other = SETS[stage.__name__]
-    shutil.copytree(ROOT / "data" / other, tmp_path / own)
-    code, error = run_on(tmp_path)
-    assert code == 1
-    assert f"not {own}'s" in error
-
-
-def test_the_other_sets_unpacked_files_are_refused(stage, tmp_path, run_on):
-    own, other = SETS[stage.__name__]
-    shutil.copytree(ROOT / "data" / other, tmp_path / other)
-    getattr(datasets, other)(str(tmp_path), download=True)
-    (tmp_path / own / "raw").mkdir(parents=True)
-    for path in (tmp_path / other / "raw").glob("*-ubyte"):
-        shutil.copy(path, tmp_path / own / "raw")
-    code, error = run_on(tmp_path)
-    assert code == 1
-    assert "0.286" in error
-    assert "0.1307" in error
-
-
-def test_a_truncated_unpacked_file_is_one_line(stage, tmp_path, run_on):
-    name = SETS[stage.__name__][0]
-    shutil.copytree(ROOT / "data" / name, tmp_path / name)
-    getattr(datasets, name)(str(tmp_path), download=True)
-    path = tmp_path / name / "raw" / "train-images-idx3-ubyte"
-    path.write_bytes(path.read_bytes()[:1000])
-    code, error = run_on(tmp_path)
-    assert code == 1
-    assert "-ubyte" in error
-
-
-def test_a_read_only_data_folder_is_read_and_left_as_it_is(stage, tmp_path, monkeypatch):
-    name, access = SETS[stage.__name__][0], os.access
-    raw = tmp_path / "data" / name / "raw"
-    raw.mkdir(parents=True)
-    archives = [archive for archive, _ in getattr(datasets, name).resources]
-    for archive in archives:
-        shutil.copy(ROOT / "data" / name / "raw" / archive, raw)
-    monkeypatch.setattr(os, "access", lambda path, mode: path != raw and access(path, mode))  # root may write anywhere
-    command = ["benchmark", "--smoke", "--quiet", "--data-dir", str(tmp_path / "data")]
-    assert stage.main([*command, "--figures-dir", str(tmp_path / "out")]) == 0
-    assert sorted(path.name for path in raw.iterdir()) == sorted(archives)
-
-
-def test_a_folder_that_cannot_be_made_is_one_line(stage, tmp_path, capsys):
-    (tmp_path / "taken").write_text("a file")
-    assert stage.main(["train", "--smoke", "--quiet", "--figures-dir", str(tmp_path / "taken")]) == 1
-    error = capsys.readouterr().err
-    assert str(tmp_path / "taken") in error
-    assert error.count("\n") == 1
-
-
-def test_a_second_job_in_the_same_folder_is_refused_and_spoils_nothing(stage, tmp_path, capsys):
-    command = ["benchmark", "--smoke", "--quiet", "--figures-dir", str(tmp_path)]
-    folder = tmp_path / stage.__name__.split("_")[0]
-    with metrics.claimed(folder):  # as the first job holds it
-        (folder / "train.unfinished.jsonl").write_text("")
-        before = sorted(folder.iterdir())
-        assert stage.main(command) == 1
-        error = capsys.readouterr().err
-        assert f"another job is at work in {folder}" in error
-        assert error.count("\n") == 1
-        assert sorted(folder.iterdir()) == before
-    assert stage.main(command) == 0
-
-
-def test_plot_without_rows_is_one_line(stage, tmp_path, capsys):
-    assert stage.main(["plot", "--figures-dir", str(tmp_path)]) == 1
-    assert str(tmp_path) in capsys.readouterr().err
-
-
-# ---- the prose ----
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_the_scores_in_the_prose_are_those_of_the_committed_rows(name, quoted_rows):
-    stage = importlib.import_module(name)
-    for experiment in stage.SELECTED.values():
-        rows, readme = quoted_rows(name.split("_")[0], "test_metrics", experiment)
-        assert len(rows) >= 5
-        for column in ("accuracy", "macro_f1"):
-            assert metrics.mean(row[column] for row in rows).percent() in readme
-        assert metrics.mean(row["accuracy"] for row in rows).percent() in stage.__doc__
-
-
-SWEPT = [(name, sweep) for name in NAMES for sweep in importlib.import_module(name).AXES]
-
-
-@pytest.mark.parametrize(("name", "experiment"), SWEPT)
-def test_what_the_prose_says_of_a_sweep_is_what_its_rows_show(name, experiment, quoted_rows):
-    rows, readme = quoted_rows(name.split("_")[0], "runs", experiment)
-    assert f": {metrics.finding(rows, importlib.import_module(name).AXES[experiment])}" in readme
-
-
-def test_every_measured_number_of_the_learning_log_stands_in_a_summary():
-    """Every number with a decimal point, and with its ± if it has one, is in a committed table as it is written."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_mean_with_its_spread_stands_in_a_committed_table(document):
     tables = ""
-    for name in NAMES:
-        folder = ROOT / "figures" / name.split("_")[0]
-        jobs = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
-        if any(f"`{job['commit']}`" not in readme for job in jobs.values()):
-            pytest.skip(f"{folder} holds runs that the documents do not quote")
-        tables += (folder / "summary.md").read_text(encoding="utf-8")
-    log = (ROOT / "LEARNING_LOG.md").read_text(encoding="utf-8")
-    quoted = re.findall(r"[+-]?\d+\.\d+(?:e[+-]\d+)?(?: ± \d+\.\d+)?", log)
-    assert len(quoted) > 50
-    missing = [number for number in quoted if not re.search(rf"(?<![\d.]){re.escape(number)}(?!\d)", tables)]
-    assert not missing
+    for summary in (ROOT / "figures").glob("stage*/summary.md"):
+        tables += summary.read_text(encoding="utf-8")
+    text = (ROOT / document).read_text(encoding="utf-8")
+    quoted = re.findall(r"[+-]?\d+\.\d+ ± \d+\.\d+", text)
+    assert len(quoted) > 20
+    missing = [n for n in quoted if not re.search(rf"(?<![\d.]){re.escape(n)}(?!\d)", tables)]
+    assert missing == []
 
 
-def test_the_learning_log_asks_enough_and_counts_right():
+def test_the_speeds_of_stage_1_in_the_documents_are_those_of_its_table():
+    rows = metrics.load_rows(ROOT / "figures" / "stage1" / "benchmark.csv")
+    ratios = dict(zip(rows["name"], rows["ratio"], strict=True))
+
+    def ratio(*words):
+        found = [value for name, value in ratios.items() if all(word in name for word in words)]
+        assert len(found) == 1, words
+        return f"{found[0]:.2f}"
+
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     log = (ROOT / "LEARNING_LOG.md").read_text(encoding="utf-8")
-    numbers = [int(number) for number in re.findall(r"^(\d+)\. \*\*", log, re.MULTILINE)]
-    assert numbers == list(range(1, len(numbers) + 1))
-    assert len(numbers) >= 40
+    epoch = ratio("epoch", "0 workers")
+    assert f"an epoch takes {epoch} of the time that `ToTensor`" in " ".join(readme.split())
+    assert f"an epoch takes {epoch} of the time that it takes" in " ".join(log.split())
+    steps = ", ".join(ratio("training step", f"batch {B} ") for B in (128, 512, 2048))
+    assert f"{steps} times as long as its matrix products" in " ".join(readme.split())
+    assert f"a sweep by two workers takes {ratio('sweep', '1 worker')} of the time" in readme
+    assert f"take {ratio('scikit-learn')} of the time of scikit-learn" in " ".join(readme.split())

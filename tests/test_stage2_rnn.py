@@ -13,10 +13,12 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-import metrics
+import runner
 import stage2_rnn as stage
 
-SMALL = stage.Config(reading="rows", flip=False, n_hidden=9, n_train=300, batch_size=32, steps=12, n_logs=3)
+SMALL = stage.Config(
+    reading="rows", flip=False, n_hidden=9, n_train=300, batch_size=32, steps=12, n_logs=3
+)
 THEIRS = {"rnn": nn.RNN, "rnn_relu": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
 KINDS = list(THEIRS)
 LENGTHS = [3, 7, 1, 5, 2]  # not sorted, with the longest and the shortest there can be
@@ -30,16 +32,20 @@ def data():
 def parameters_of(theirs, i, directions):
     """W_ih, W_hh, b_ih, b_hh of torch's module for our cell i."""
     suffix = f"_l{i // directions}" + ("_reverse" if i % directions else "")
-    return [getattr(theirs, name + suffix) for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
+    return [
+        getattr(theirs, name + suffix) for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+    ]
 
 
 def pair(kind, n_in, n_hidden, n_layers=1, bidirectional=False, dtype=torch.float64):
-    """Our layers and torch's, with the same weights: where ours have one bias, it is the sum of torch's two."""
+    """Our layers and torch's, with the same weights: where ours have one bias, it is the sum of
+    torch's two.
+    """
     torch.manual_seed(n_layers + 3 * bidirectional)
     arguments = {"nonlinearity": "relu"} if kind == "rnn_relu" else {}
-    theirs = THEIRS[kind](n_in, n_hidden, n_layers, batch_first=True, bidirectional=bidirectional, **arguments).to(
-        dtype
-    )
+    theirs = THEIRS[kind](
+        n_in, n_hidden, n_layers, batch_first=True, bidirectional=bidirectional, **arguments
+    ).to(dtype)
     ours = stage.Recurrent(kind, n_in, n_hidden, n_layers, bidirectional).to(dtype)
     with torch.no_grad():
         for i, cell in enumerate(ours.cells):
@@ -57,7 +63,10 @@ def parts(state):
 
 
 def states(kind, shape):
-    made = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for _ in range(2 if kind == "lstm" else 1)]
+    made = [
+        torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        for _ in range(2 if kind == "lstm" else 1)
+    ]
     return tuple(made) if kind == "lstm" else made[0]
 
 
@@ -65,7 +74,8 @@ def states(kind, shape):
 
 
 @pytest.mark.parametrize(
-    ("kind", "module"), list(zip(KINDS, [nn.RNNCell, nn.RNNCell, nn.GRUCell, nn.LSTMCell], strict=True))
+    ("kind", "module"),
+    list(zip(KINDS, [nn.RNNCell, nn.RNNCell, nn.GRUCell, nn.LSTMCell], strict=True)),
 )
 def test_a_cell_is_one_step_of_torchs_cell(kind, module):
     torch.manual_seed(0)
@@ -85,7 +95,10 @@ def test_a_cell_is_one_step_of_torchs_cell(kind, module):
 @pytest.mark.parametrize("kind", ["rnn", "rnn_relu"])
 def test_layers_equal_the_plain_loop_over_linear_layers(kind):
     """The RNN as a first course writes it, under autograd."""
-    layers, x = stage.Recurrent(kind, 3, 4).double(), torch.randn(5, 7, 3, dtype=torch.float64, requires_grad=True)
+    layers, x = (
+        stage.Recurrent(kind, 3, 4).double(),
+        torch.randn(5, 7, 3, dtype=torch.float64, requires_grad=True),
+    )
     cell, act = layers.cells[0], {"rnn": torch.tanh, "rnn_relu": torch.relu}[kind]
     h, outputs = torch.zeros(5, 4, dtype=torch.float64), []
     for t in range(7):
@@ -111,7 +124,9 @@ def test_gradcheck(kind):
 
 
 def test_the_reset_gate_comes_after_the_product():
-    """With W_hn = 0 and b_hn = 1, only a gate that multiplies the product and its bias leaves r ⊙ b_hn."""
+    """With W_hn = 0 and b_hn = 1, only a gate that multiplies the product and its bias leaves r ⊙
+    b_hn.
+    """
     cell = stage.GRUCell(1, 1).double()
     for parameter in cell.parameters():
         nn.init.zeros_(parameter)
@@ -140,7 +155,9 @@ def test_layers_equal_torchs(kind, n_layers, bidirectional, given):
         if lengths is None:
             other, other_last = theirs(x, state)
         else:
-            packed = pack_padded_sequence(x, torch.tensor(lengths), batch_first=True, enforce_sorted=False)
+            packed = pack_padded_sequence(
+                x, torch.tensor(lengths), batch_first=True, enforce_sorted=False
+            )
             other, other_last = theirs(packed, state)
             other, _ = pad_packed_sequence(other, batch_first=True, total_length=T)
         mine, other = [mine, *parts(mine_last)], [other, *parts(other_last)]
@@ -155,7 +172,9 @@ def test_layers_equal_torchs(kind, n_layers, bidirectional, given):
             if kind == "gru":
                 my_parameters.append(cell.W_hh.bias)
                 their_parameters.append(b_hh)
-        assert_equal(gradients(mine, inputs + my_parameters), gradients(other, inputs + their_parameters))
+        assert_equal(
+            gradients(mine, inputs + my_parameters), gradients(other, inputs + their_parameters)
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -180,7 +199,9 @@ def test_product_is_the_matrix_product(shape):
     exact = torch.einsum("mk,nk->mn", a.double(), b.double())
     for left, right in itertools.product((a, a.mT.contiguous().mT), (b, b.mT.contiguous().mT)):
         torch.testing.assert_close(stage.product(left, right), exact.float(), rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(stage.product(left.double(), right.double()), exact, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            stage.product(left.double(), right.double()), exact, rtol=1e-12, atol=1e-12
+        )
 
 
 @pytest.mark.skipif(stage.ONEDNN is None, reason="this torch has no oneDNN")
@@ -217,7 +238,8 @@ def test_a_state_past_its_end_stands_still_however_long_the_padding():
     """A ReLU state that doubles at every step would be infinite after 2,000 more."""
     layers = stage.Recurrent("rnn_relu", 1, 1)
     with torch.no_grad():
-        for parameter, value in zip(layers.parameters(), (1.0, 1.0, 2.0), strict=True):  # W_xh, b, W_hh
+        # W_xh, b, W_hh
+        for parameter, value in zip(layers.parameters(), (1.0, 1.0, 2.0), strict=True):
             parameter.fill_(value)
     outputs, last = layers(torch.ones(1, 2000, 1), [2])
     assert (last.item(), outputs.sum().item()) == (6.0, 8.0)  # 1·1 + 1 = 2, then 2 + 2·2 = 6
@@ -265,7 +287,10 @@ def test_the_order_of_the_steps_matters(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_classifier_reads_out_the_last_state_or_the_mean(kind, bidirectional):
     ours, _ = pair(kind, 3, 4, 2, bidirectional)
-    x, valid = torch.randn(5, 7, 3, dtype=torch.float64), torch.arange(7) < torch.tensor(LENGTHS)[:, None]
+    x, valid = (
+        torch.randn(5, 7, 3, dtype=torch.float64),
+        torch.arange(7) < torch.tensor(LENGTHS)[:, None],
+    )
     outputs, last = ours(x, LENGTHS)
     tops = parts(last)[0].unflatten(0, (2, -1))[1]  # (directions, B, H)
     means = torch.stack([o[v].mean(0) for o, v in zip(outputs, valid, strict=True)])
@@ -277,16 +302,23 @@ def test_the_classifier_reads_out_the_last_state_or_the_mean(kind, bidirectional
 
 
 def test_dropout_falls_between_the_layers_and_on_what_is_classified(monkeypatch):
-    """With a dropout that doubles, whatever it is given, the result is that of the layers with these doublings."""
+    """With a dropout that doubles, whatever it is given, the result is that of the layers with
+    these doublings.
+    """
     torch.manual_seed(0)
-    model, x = stage.RecurrentClassifier("gru", 3, 4, 2, 6, True, dropout=0.5).double(), torch.randn(5, 7, 3).double()
+    model, x = (
+        stage.RecurrentClassifier("gru", 3, 4, 2, 6, True, dropout=0.5).double(),
+        torch.randn(5, 7, 3).double(),
+    )
     lower, upper = (stage.Recurrent("gru", size, 4, 1, True).double() for size in (3, 8))
     for layer, cells in ((lower, model.recurrent.cells[:2]), (upper, model.recurrent.cells[2:])):
         layer.cells.load_state_dict(cells.state_dict())
     last = upper(lower(x)[0])[1]
     assert_equal([model.eval()(x)], [model.out(torch.cat([*last], 1))])
     last = upper(2 * lower(x)[0])[1]
-    monkeypatch.setattr(F, "dropout", lambda x, p, training, inplace=False: 2 * x if training and p == 0.5 else x)
+    monkeypatch.setattr(
+        F, "dropout", lambda x, p, training, inplace=False: 2 * x if training and p == 0.5 else x
+    )
     assert_equal([model.train()(x)], [model.out(2 * torch.cat([*last], 1))])
 
 
@@ -301,7 +333,13 @@ def test_what_is_wrong_is_quoted():
     ]:
         with pytest.raises(ValueError, match=quoted):
             layers(bad)
-    for lengths in ([3, 7, 0, 5, 2], [3, 8, 1, 5, 2], [3, 7, 1], [3.0, 7.0, 1.0, 5.0, 2.0], [[3, 7, 1, 5, 2]]):
+    for lengths in (
+        [3, 7, 0, 5, 2],
+        [3, 8, 1, 5, 2],
+        [3, 7, 1],
+        [3.0, 7.0, 1.0, 5.0, 2.0],
+        [[3, 7, 1, 5, 2]],
+    ):
         with pytest.raises(ValueError, match=r"5 whole numbers in 1 … 7, not \["):
             layers(x, lengths)
     with pytest.raises(ValueError, match=r"\(2, 5, 4\).*\(1, 5, 4\)"):
@@ -325,17 +363,25 @@ def test_what_is_wrong_is_quoted():
 
 
 def test_no_ready_made_recurrent_module():
-    """Not in any model; in the source, only the benchmark makes them, by name, to be timed against."""
+    """Not in any model; in the source, only the benchmark makes them, by name, to time them."""
     for kind, bidirectional in itertools.product(KINDS, (False, True)):
         modules = stage.RecurrentClassifier(kind, n_layers=2, bidirectional=bidirectional).modules()
         own = (stage.RecurrentClassifier, stage.Recurrent, stage.Cell)
         assert all(isinstance(m, (*own, nn.Linear, nn.ModuleList, nn.Dropout)) for m in modules)
     tree = ast.parse(Path(stage.__file__).read_text(encoding="utf-8"))
-    ready_made = {name + suffix for name in ("RNN", "GRU", "LSTM") for suffix in ("", "Base", "Cell", "CellBase")}
+    ready_made = {
+        name + suffix
+        for name in ("RNN", "GRU", "LSTM")
+        for suffix in ("", "Base", "Cell", "CellBase")
+    }
     used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     used |= {node.name for node in ast.walk(tree) if isinstance(node, ast.alias)}
     assert not used & {*ready_made, "rnn_tanh", "rnn_relu", "gru", "lstm", "_VF"}
-    by_name = [f.name for f in tree.body if isinstance(f, ast.FunctionDef) and "getattr(nn, " in ast.unparse(f)]
+    by_name = [
+        f.name
+        for f in tree.body
+        if isinstance(f, ast.FunctionDef) and "getattr(nn, " in ast.unparse(f)
+    ]
     assert by_name == ["benchmark"]
 
 
@@ -351,14 +397,20 @@ def test_parameters_are_those_of_torch_but_for_the_second_bias():
 
 def test_readings():
     images = torch.arange(2 * 784.0).view(2, 28, 28)
-    read = {r: stage.sequences(images, replace(SMALL, reading=r))[0] for r in stage.CHOICES["reading"]}
+    read = {
+        r: stage.sequences(images, replace(SMALL, reading=r))[0] for r in stage.CHOICES["reading"]
+    }
     assert torch.equal(read["rows"], images)
     for t in range(28):
         assert torch.equal(read["columns"][1, t], images[1, :, t])
         down, right = 7 * (t // 7), 4 * (t % 7)
-        assert torch.equal(read["patches"][1, t], images[1, down : down + 7, right : right + 4].flatten())
+        assert torch.equal(
+            read["patches"][1, t], images[1, down : down + 7, right : right + 4].flatten()
+        )
     for t in range(14):
-        assert torch.equal(read["two_rows"][1, t], torch.cat([images[1, 2 * t], images[1, 2 * t + 1]]))
+        assert torch.equal(
+            read["two_rows"][1, t], torch.cat([images[1, 2 * t], images[1, 2 * t + 1]])
+        )
 
 
 def test_cropping_keeps_the_garment_and_its_length(data):
@@ -395,7 +447,9 @@ def test_the_scales_are_the_data_sets_own(data):
     assert data.train.images.mean().item() == pytest.approx(0, abs=1e-2)
     assert data.train.images.std().item() == pytest.approx(1, abs=1e-2)
     other = stage.load_data(stage.Config(normalise="mnist"))
-    torch.testing.assert_close(other.val.images * 0.3081 + 0.1307, data.val.images * 0.3530 + 0.2860)
+    torch.testing.assert_close(
+        other.val.images * 0.3081 + 0.1307, data.val.images * 0.3530 + 0.2860
+    )
 
 
 # ---- initialisation, training, what is measured ----
@@ -413,19 +467,32 @@ def test_initialisations():
                 torch.testing.assert_close(gate @ gate.mT, expected, rtol=0, atol=1e-5)
         assert bool(found.W_xh.bias.any()) == (init == "default")
         assert found.W_hh.bias is None or found.W_hh.bias.any()
-    assert torch.equal(stage.build(SMALL, torch.device("cpu")).recurrent.cells[0].W_hh.weight, torch.eye(9))
+    assert torch.equal(
+        stage.build(SMALL, torch.device("cpu")).recurrent.cells[0].W_hh.weight, torch.eye(9)
+    )
 
 
 def test_a_training_step_equals_torchs(data):
     """Three steps of SGD, clipped, through nn.RNN from the same weights."""
-    config = replace(SMALL, optimizer="sgd", lr=0.5, weight_decay=0.01, batch_size=300, steps=3, warmup=0.4, clip=0.5)
+    config = replace(
+        SMALL,
+        optimizer="sgd",
+        lr=0.5,
+        weight_decay=0.01,
+        batch_size=300,
+        steps=3,
+        warmup=0.4,
+        clip=0.5,
+    )
     trained, history = stage.train(config, data)
     start = stage.build(config, torch.device("cpu"))
     theirs, out = nn.RNN(28, 9, nonlinearity="relu", batch_first=True), start.out
     cell = start.recurrent.cells[0]
     with torch.no_grad():
         for copy, value in zip(
-            theirs.parameters(), (cell.W_xh.weight, cell.W_hh.weight, 0 * cell.W_xh.bias), strict=False
+            theirs.parameters(),
+            (cell.W_xh.weight, cell.W_hh.weight, 0 * cell.W_xh.bias),
+            strict=False,
         ):
             copy.copy_(value)
     theirs.bias_ih_l0.data.copy_(cell.W_xh.bias)
@@ -442,24 +509,35 @@ def test_a_training_step_equals_torchs(data):
             for p, g in zip(parameters, found, strict=True):
                 p -= lr * (min(1, 0.5 / norm) * g + 0.01 * (p.ndim > 1) * p)
     assert history[-1]["grad_norm"] == pytest.approx(norm, rel=1e-3)
-    torch.testing.assert_close(trained.recurrent.cells[0].W_hh.weight, theirs.weight_hh_l0, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(trained.recurrent.cells[0].W_xh.weight, theirs.weight_ih_l0, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        trained.recurrent.cells[0].W_hh.weight, theirs.weight_hh_l0, rtol=1e-4, atol=1e-5
+    )
+    torch.testing.assert_close(
+        trained.recurrent.cells[0].W_xh.weight, theirs.weight_ih_l0, rtol=1e-4, atol=1e-5
+    )
     torch.testing.assert_close(trained.out.weight, out.weight, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_cell_learns(data, kind):
-    config = replace(SMALL, cell=kind, init=stage.SUITED[kind], n_hidden=32, n_train=2000, steps=200, lr=3e-3)
+    config = replace(
+        SMALL, cell=kind, init=stage.SUITED[kind], n_hidden=32, n_train=2000, steps=200, lr=3e-3
+    )
     assert stage.train(config, data)[1][-1]["val_accuracy"] > 0.5
 
 
 def test_flipping_mirrors_about_half_of_the_images_left_to_right(data, monkeypatch):
     seen, read = [], stage.sequences
-    monkeypatch.setattr(stage, "sequences", lambda images, config: seen.append(images) or read(images, config))
+    monkeypatch.setattr(
+        stage, "sequences", lambda images, config: seen.append(images) or read(images, config)
+    )
     stage.train(replace(SMALL, flip=True, n_train=200, batch_size=200, steps=1, n_logs=1), data)
     batch = next(images for images in seen if len(images) == 200)
     originals = {image.numpy().tobytes(): i for i, image in enumerate(data.train.images[:200])}
-    mirrored = {image.flip(1).contiguous().numpy().tobytes(): i for i, image in enumerate(data.train.images[:200])}
+    mirrored = {
+        image.flip(1).contiguous().numpy().tobytes(): i
+        for i, image in enumerate(data.train.images[:200])
+    }
     batch = [image.contiguous().numpy().tobytes() for image in batch]
     found = [originals.get(image, mirrored.get(image)) for image in batch]
     assert sorted(found) == list(range(200))
@@ -470,14 +548,14 @@ def test_shifting_moves_each_image_by_itself_and_fills_up_with_blank():
     torch.manual_seed(0)
     images = 1 + torch.rand(300, 28, 28)
     images[0, 0, 0] = -1.0  # the blankest
-    moved = metrics.augmented(images, False, 2)
+    moved = runner.augmented(images, False, 2)
     seen = set()
     for before, after in zip(images, moved, strict=True):
         wide = F.pad(before, (2, 2, 2, 2), value=-1.0)
         places = itertools.product(range(5), range(5))
         seen |= {(i, j) for i, j in places if torch.equal(wide[i : i + 28, j : j + 28], after)}
     assert len(seen) == 25
-    assert torch.equal(metrics.augmented(images, False, 0), images)
+    assert torch.equal(runner.augmented(images, False, 0), images)
 
 
 def test_both_views_are_the_mean_of_an_image_and_its_mirror_image(data):
@@ -503,12 +581,16 @@ def test_lstm_state_gradients_are_those_of_torchs_cell(data):
         theirs.bias_hh.zero_()
     x, state, seen = data.val.images[::10], None, []
     for t in range(28):
-        state = tuple(part.clone() for part in theirs(x[:, t], state))  # what the next step is given: c apart from h
+        # what the next step is given: c apart from h
+        state = tuple(part.clone() for part in theirs(x[:, t], state))
         for part in state:
             part.retain_grad()
         seen.append(state)
     F.cross_entropy(model.out(state[0]), data.val.labels[::10]).backward()
-    norms = [math.hypot(*(part.grad.norm().item() for part in state if part.grad is not None)) for state in seen]
+    norms = [
+        math.hypot(*(part.grad.norm().item() for part in state if part.grad is not None))
+        for state in seen
+    ]
     assert stage.state_gradients(model, config, data) == pytest.approx(norms, rel=1e-3)
 
 
@@ -535,16 +617,7 @@ def test_the_last_probabilities_of_a_reading_are_the_models_own(data):
     last = torch.tensor([[row[f"p{c}"] for c in range(10)] for row in rows if row["step"] == 28])
     torch.testing.assert_close(last, model(data.test.images[:8]).softmax(1).detach())
     assert [row["true"] for row in rows[:8]] == data.test.labels[:8].tolist()
-    pixels = torch.tensor([[float(v) for v in row["pixels"].split()] for row in rows if row["image"] == 3])
+    pixels = torch.tensor(
+        [[float(v) for v in row["pixels"].split()] for row in rows if row["image"] == 3]
+    )
     torch.testing.assert_close(pixels, data.test.images[3], rtol=0, atol=0.0051)
-
-
-def test_the_speeds_in_the_prose_are_those_of_the_committed_rows(quoted_rows):
-    rows, readme = quoted_rows("stage2", "benchmark", "benchmark")
-    times = {(row["group"], row["name"]): 1 / float(row["ratio"]) for row in rows}
-    for cell in ("rnn", "gru", "lstm"):
-        sizes = itertools.product((64, 128, 256), (128, 512))
-        line = [f"{times[f'steps/s, {cell}, hidden {H}, batch {B}', 'ours']:.2f}" for H, B in sizes]
-        assert f"| {cell.upper()} | {' | '.join(line)} |" in readme
-    alone = times["steps/s, lstm, hidden 128, batch 128", "products alone"]
-    assert f"take {alone:.2f} of the fused kernel's whole step" in readme

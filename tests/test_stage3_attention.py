@@ -1,4 +1,6 @@
-"""Stage 3 against torch's own attention with copied weights, in float64, and cached against uncached."""
+"""Stage 3 against torch's own attention with copied weights, in float64, and cached against
+uncached.
+"""
 
 import ast
 import itertools
@@ -12,14 +14,28 @@ from conftest import assert_equal, gradients
 from torch import nn
 from torch.nn import functional as F
 
-import metrics
+import runner
 import stage3_attention as stage
-from stage3_attention import GroupedQueryAttention, KVCache, MultiHeadAttention, MultiQueryAttention, attention
+from stage3_attention import (
+    GroupedQueryAttention,
+    KVCache,
+    MultiHeadAttention,
+    MultiQueryAttention,
+    attention,
+)
 
-B, H, G, T, S, D = 2, 6, 3, 5, 7, 24  # every axis another size; two query heads share a key/value head
+# every axis another size; two query heads share a key/value head
+B, H, G, T, S, D = 2, 6, 3, 5, 7, 24
 CPU = torch.device("cpu")
 SMALL = stage.Config(
-    readout="mean", d_model=24, n_heads=H, n_kv_heads=G, n_train=300, batch_size=32, steps=12, n_logs=3
+    readout="mean",
+    d_model=24,
+    n_heads=H,
+    n_kv_heads=G,
+    n_train=300,
+    batch_size=32,
+    steps=12,
+    n_logs=3,
 )
 POSITIONS = stage.CHOICES["position"]
 
@@ -58,7 +74,10 @@ def by_loops(q, k, v, allowed):
         seen = [s for s in range(k.shape[2]) if allowed[t][s]]
         if not seen:
             continue
-        scores = [sum(q[b, h, t, i].item() * k[b, g, s, i].item() for i in range(q.shape[3])) for s in seen]
+        scores = [
+            sum(q[b, h, t, i].item() * k[b, g, s, i].item() for i in range(q.shape[3]))
+            for s in seen
+        ]
         powers = [math.exp(score / math.sqrt(q.shape[3])) for score in scores]
         for s, power in zip(seen, powers, strict=True):
             weights[b, h, t, s] = power / sum(powers)
@@ -112,8 +131,12 @@ def test_the_gradient_of_a_shared_head_is_the_sum_over_its_group():
 def test_gradcheck(causal):
     mask = torch.rand(B, 1, T, S) < 0.7
     mask[0, 0, 1] = False  # a query with no key
-    assert torch.autograd.gradcheck(lambda q, k, v: attention(q, k, v, mask, causal), qkv(d=2, d_v=3))
-    assert torch.autograd.gradcheck(lambda q, k, v, m: attention(q, k, v, m, causal), [*qkv(d=2), randn(1, H, 1, S)])
+    assert torch.autograd.gradcheck(
+        lambda q, k, v: attention(q, k, v, mask, causal), qkv(d=2, d_v=3)
+    )
+    assert torch.autograd.gradcheck(
+        lambda q, k, v, m: attention(q, k, v, m, causal), [*qkv(d=2), randn(1, H, 1, S)]
+    )
 
 
 MASKS = {
@@ -167,7 +190,8 @@ def test_a_change_of_the_future_leaves_the_past_bit_for_bit(groups):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_keeps_its_dtype_and_stays_finite(dtype):
     q, k, v = (x.detach() for x in qkv(d=64))
-    q, k = q * 40, k * 40  # scores of some ±1e4, and products beyond float16 before the division by √d
+    # scores of some ±1e4, and products beyond float16 before the division by √d
+    q, k = q * 40, k * 40
     assert (q @ k.repeat_interleave(2, 1).mT).abs().max() > 65_504 / 8
     q, k, v = (x.to(dtype).requires_grad_() for x in (q, k, v))
     scores = q.double() @ k.double().repeat_interleave(2, 1).mT / 8
@@ -181,7 +205,10 @@ def test_half_precision_keeps_its_dtype_and_stays_finite(dtype):
         assert weights.isfinite().all()
         assert all(g.isfinite().all() for g in gradients([out.float()], (q, k, v)))
     torch.testing.assert_close(
-        attention(q, k, v)[1].double(), attention(q.double(), k.double(), v.double())[1], rtol=0, atol=0.15
+        attention(q, k, v)[1].double(),
+        attention(q.double(), k.double(), v.double())[1],
+        rtol=0,
+        atol=0.15,
     )  # a score of 1e4 is only known to some units in half precision
     q, k = q.detach() / 40, k.detach() / 40
     found, exact = attention(q, k, v)[0].double(), attention(q.double(), k.double(), v.double())[0]
@@ -237,7 +264,9 @@ def test_multi_head_equals_torchs(cross, masked):
     inputs = [x, c] if cross else [x]
     assert_equal([*results, *gradients(results, inputs)], [*expected, *gradients(expected, inputs)])
     dW = gradients(ours(x, c, **mine), [ours.W_q.weight, ours.W_k.weight, ours.W_v.weight])
-    whole = gradients(theirs(x, source, source, average_attn_weights=False, **others), [theirs.in_proj_weight])
+    whole = gradients(
+        theirs(x, source, source, average_attn_weights=False, **others), [theirs.in_proj_weight]
+    )
     assert_equal([torch.cat(dW)], whole)
 
 
@@ -251,12 +280,17 @@ def test_the_two_ends_are_the_general_one():
 
 @pytest.mark.parametrize("groups", [1, 2, 3, 6])
 def test_grouped_equals_multi_head_with_copied_heads(groups):
-    """Another route: each key/value head's rows of the weights written out once for every query head that reads it."""
+    """Another route: each key/value head's rows of the weights written out once for every query
+    head that reads it.
+    """
     ours, d, n = GroupedQueryAttention(D, H, groups).double(), D // H, H // groups
     theirs = nn.MultiheadAttention(D, H, batch_first=True).double()
     with torch.no_grad():
         wide = [
-            [x.unflatten(0, (groups, d)).repeat_interleave(n, 0).flatten(0, 1) for x in (W.weight, W.bias)]
+            [
+                x.unflatten(0, (groups, d)).repeat_interleave(n, 0).flatten(0, 1)
+                for x in (W.weight, W.bias)
+            ]
             for W in (ours.W_k, ours.W_v)
         ]
         theirs.in_proj_weight.copy_(torch.cat([ours.W_q.weight, *(weight for weight, _ in wide)]))
@@ -267,14 +301,17 @@ def test_grouped_equals_multi_head_with_copied_heads(groups):
 
 
 def test_parameters_and_no_ready_made_attention():
-    count = {g: sum(p.numel() for p in GroupedQueryAttention(D, H, g).parameters()) for g in (1, 3, 6)}
+    count = {
+        g: sum(p.numel() for p in GroupedQueryAttention(D, H, g).parameters()) for g in (1, 3, 6)
+    }
     assert count == {g: 2 * D * (D + 1) + 2 * g * (D // H) * (D + 1) for g in count}
     model = stage.build(SMALL, CPU)
     own = (stage.AttentionClassifier, stage.Block, GroupedQueryAttention)
     plain = (nn.Linear, nn.LayerNorm, nn.GELU, nn.Dropout, nn.Sequential, nn.ModuleList)
     assert all(isinstance(m, own + plain) for m in model.modules())
     tree = ast.parse(Path(stage.__file__).read_text(encoding="utf-8"))
-    for node in tree.body:  # torch's own attention is what the benchmark compares with, and nothing else
+    # torch's own attention is what the benchmark compares with, and nothing else
+    for node in tree.body:
         names = {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)}
         if {"MultiheadAttention", "scaled_dot_product_attention"} & names:
             assert node.name == "benchmark"
@@ -296,8 +333,13 @@ def test_rotary_turns_pairs_by_the_papers_angles():
     for t, i in itertools.product(range(3), range(3)):
         angle = (5 + t) * 10_000 ** (-2 * i / 6)
         a, b = x[0, 0, t, 2 * i].item(), x[0, 0, t, 2 * i + 1].item()
-        expected = [a * math.cos(angle) - b * math.sin(angle), a * math.sin(angle) + b * math.cos(angle)]
-        assert turned[0, 0, t, 2 * i : 2 * i + 2].tolist() == pytest.approx(expected, rel=1e-5, abs=1e-6)
+        expected = [
+            a * math.cos(angle) - b * math.sin(angle),
+            a * math.sin(angle) + b * math.cos(angle),
+        ]
+        assert turned[0, 0, t, 2 * i : 2 * i + 2].tolist() == pytest.approx(
+            expected, rel=1e-5, abs=1e-6
+        )
 
 
 def test_rotary_scores_depend_on_the_distance_alone():
@@ -314,7 +356,9 @@ def test_sinusoids_are_the_papers():
     table = stage.sinusoids(4, 3, 7, CPU)
     for t, i in itertools.product(range(3), range(7)):
         angle = (4 + t) / 10_000 ** (2 * (i // 2) / 7)
-        assert table[t, i].item() == pytest.approx(math.cos(angle) if i % 2 else math.sin(angle), abs=1e-5)
+        assert table[t, i].item() == pytest.approx(
+            math.cos(angle) if i % 2 else math.sin(angle), abs=1e-5
+        )
 
 
 def test_relative_positions_add_the_product_with_the_distances_vector():
@@ -344,7 +388,8 @@ def test_dropout_takes_the_same_features_of_all_tokens_and_only_in_training():
     block = stage.Block(replace(SMALL, dropout=0.4)).double()
     x, mask = torch.randn(B, T, D, dtype=torch.float64), torch.ones(T, T, dtype=torch.bool).tril()
     torch.manual_seed(1)
-    kept = [F.dropout(torch.ones(B, 1, D, dtype=torch.float64), 0.4) for _ in range(2)]  # as the block will draw them
+    # as the block will draw them
+    kept = [F.dropout(torch.ones(B, 1, D, dtype=torch.float64), 0.4) for _ in range(2)]
     torch.manual_seed(1)
     out, _ = block(x, mask)
     middle = x + block.attention(block.norm_1(x), mask=mask)[0] * kept[0]
@@ -388,7 +433,8 @@ def test_a_cache_counts_its_bytes_and_hands_out_views():
     for groups, dtype in ((1, torch.float32), (3, torch.float16), (16, torch.float64)):
         cache = KVCache(4, groups, 100, 8, dtype=dtype)
         assert cache.nbytes == 2 * 4 * groups * 100 * 8 * dtype.itemsize
-        assert cache.nbytes == sum(x.untyped_storage().nbytes() for x in (cache.k, cache.v))  # and no more is held
+        # and no more is held
+        assert cache.nbytes == sum(x.untyped_storage().nbytes() for x in (cache.k, cache.v))
         k, v = (torch.randn(4, groups, 3, 8).to(dtype) for _ in range(2))
         kept = cache.append(k, v)
         assert torch.equal(kept[0], k)
@@ -414,12 +460,20 @@ def test_a_mask_that_does_not_fit_is_refused_before_the_cache_takes_anything_up(
     layer, cache = GroupedQueryAttention(D, H, G, position=position), KVCache(B, G, 9, D // H)
     x = torch.randn(B, T, D)
     layer(x[:, :3], cache=cache)
-    for mask in (torch.ones(2, 2, dtype=torch.bool), torch.ones(B, H, 2, 3), torch.ones(2, T, dtype=torch.int64)):
+    for mask in (
+        torch.ones(2, 2, dtype=torch.bool),
+        torch.ones(B, H, 2, 3),
+        torch.ones(2, T, dtype=torch.int64),
+    ):
         with pytest.raises(ValueError, match="no bool or float mask"):
             layer(x[:, 3:], mask=mask, cache=cache)
         assert cache.length == 3
     fits = torch.ones(2, T, dtype=torch.bool)
-    assert_equal(layer(x[:, 3:], mask=fits, cache=cache), [part[..., -2:, :] for part in layer(x)], tolerance=1e-5)
+    assert_equal(
+        layer(x[:, 3:], mask=fits, cache=cache),
+        [part[..., -2:, :] for part in layer(x)],
+        tolerance=1e-5,
+    )
 
 
 def test_autograd_refuses_to_go_back_past_a_later_append():
@@ -458,7 +512,10 @@ def test_what_is_wrong_is_quoted():
         (lambda: MultiHeadAttention(18, H, position="rotary"), "d_head=3"),
         (lambda: MultiHeadAttention(D, H)(torch.randn(B, T, D + 1)), "(2, 5, 25)"),
         (lambda: MultiHeadAttention(D, H)(torch.randn(T, D)), "(5, 24)"),
-        (lambda: MultiHeadAttention(D, H)(torch.randn(B, T, D), torch.randn(B + 1, S, D)), "(3, 7, 24)"),
+        (
+            lambda: MultiHeadAttention(D, H)(torch.randn(B, T, D), torch.randn(B + 1, S, D)),
+            "(3, 7, 24)",
+        ),
         (lambda: MultiHeadAttention(D, H, position="rotary")(*torch.randn(2, B, T, D)), "rotary"),
         (lambda: KVCache(B, G, 0, 4), "capacity=0"),
         (lambda: KVCache(B, G, 9, 4).append(k[:, :2], v[:, :2]), "(2, 2, 7, 4)"),
@@ -474,7 +531,9 @@ def test_what_is_wrong_is_quoted():
 
 
 def test_inputs_and_masks_are_never_changed():
-    for dtype, position in itertools.product((torch.float32, torch.bfloat16), ("none", "rotary", "relative")):
+    for dtype, position in itertools.product(
+        (torch.float32, torch.bfloat16), ("none", "rotary", "relative")
+    ):
         layer = GroupedQueryAttention(D, H, G, position).to(dtype)
         x, mask = torch.randn(B, T, D).to(dtype), torch.randn(B, 1, T, T)
         before = x.clone(), mask.clone()
@@ -494,7 +553,9 @@ def test_tokens():
     patches, _ = stage.tokens_of(images, replace(SMALL, tokens="patches"))
     assert patches.shape == (2, 49, 16)
     for i, j in itertools.product(range(7), range(7)):
-        assert torch.equal(patches[:, 7 * i + j].view(2, 4, 4), images[:, 4 * i : 4 * i + 4, 4 * j : 4 * j + 4])
+        assert torch.equal(
+            patches[:, 7 * i + j].view(2, 4, 4), images[:, 4 * i : 4 * i + 4, 4 * j : 4 * j + 4]
+        )
     padded, mask = stage.tokens_of(images, replace(SMALL, padding=3))
     assert torch.equal(padded[:, :28], images)
     assert not padded[:, 28:].any()
@@ -530,17 +591,33 @@ def test_the_readout_is_of_all_states_side_by_side_or_of_their_mean():
 
 
 def test_a_training_step_equals_torchs(data):
-    """The same step with torch's encoder layers, written out, from the same weights and the same batch."""
+    """The same step with torch's encoder layers, written out, from the same weights and the same
+    batch.
+    """
     config = replace(
-        SMALL, n_kv_heads=H, steps=1, n_logs=1, dropout=0.0, bfloat16=False, warmup=0.0, position="learned"
+        SMALL,
+        n_kv_heads=H,
+        steps=1,
+        n_logs=1,
+        dropout=0.0,
+        bfloat16=False,
+        warmup=0.0,
+        position="learned",
     )
     start, end = stage.build(config, CPU), stage.train(config, data)[0]
-    layers = [nn.TransformerEncoderLayer(24, H, 48, 0.0, F.gelu, batch_first=True, norm_first=True) for _ in range(2)]
+    layers = [
+        nn.TransformerEncoderLayer(24, H, 48, 0.0, F.gelu, batch_first=True, norm_first=True)
+        for _ in range(2)
+    ]
     for layer, block in zip(layers, start.blocks, strict=True):
         own = block.attention
         with torch.no_grad():
-            layer.self_attn.in_proj_weight.copy_(torch.cat([W.weight for W in (own.W_q, own.W_k, own.W_v)]))
-            layer.self_attn.in_proj_bias.copy_(torch.cat([W.bias for W in (own.W_q, own.W_k, own.W_v)]))
+            layer.self_attn.in_proj_weight.copy_(
+                torch.cat([W.weight for W in (own.W_q, own.W_k, own.W_v)])
+            )
+            layer.self_attn.in_proj_bias.copy_(
+                torch.cat([W.bias for W in (own.W_q, own.W_k, own.W_v)])
+            )
         layer.self_attn.out_proj.load_state_dict(own.W_o.state_dict())
         layer.linear1.load_state_dict(block.mlp[0].state_dict())
         layer.linear2.load_state_dict(block.mlp[2].state_dict())
@@ -549,28 +626,51 @@ def test_a_training_step_equals_torchs(data):
     net = nn.ModuleList([start.W_in, start.norm, start.out, *layers])
     parameters = [*net.parameters(), start.places]
     groups = [[p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim == 1]]
-    groups = [{"params": g, "weight_decay": w} for g, w in zip(groups, (config.weight_decay, 0.0), strict=True)]
-    optimizer = torch.optim.AdamW(groups, lr=config.lr * metrics.one_cycle(config, 0))
+    groups = [
+        {"params": g, "weight_decay": w}
+        for g, w in zip(groups, (config.weight_decay, 0.0), strict=True)
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=config.lr * runner.one_cycle(config, 0))
     stage.build(config, CPU)  # leaves the generator where training begins to draw
     batch = torch.randperm(config.n_train)[: config.batch_size]
     x = start.W_in(data.train.images[batch]) + start.places
     for layer in layers:
         x = layer(x)
     logits = start.out(start.norm(x).mean(1))
-    F.cross_entropy(logits, data.train.labels[batch], label_smoothing=config.label_smoothing).backward()
+    F.cross_entropy(
+        logits, data.train.labels[batch], label_smoothing=config.label_smoothing
+    ).backward()
     nn.utils.clip_grad_norm_(parameters, config.clip)
     optimizer.step()
-    trained = [end.W_in.weight, end.places, end.out.bias, end.blocks[1].mlp[0].weight, end.blocks[0].norm_1.weight]
-    expected = [start.W_in.weight, start.places, start.out.bias, layers[1].linear1.weight, layers[0].norm1.weight]
+    trained = [
+        end.W_in.weight,
+        end.places,
+        end.out.bias,
+        end.blocks[1].mlp[0].weight,
+        end.blocks[0].norm_1.weight,
+    ]
+    expected = [
+        start.W_in.weight,
+        start.places,
+        start.out.bias,
+        layers[1].linear1.weight,
+        layers[0].norm1.weight,
+    ]
     expected += [*layers[0].self_attn.in_proj_weight.chunk(3), layers[1].self_attn.out_proj.weight]
     attentions = [block.attention for block in end.blocks]
-    trained += [W.weight for W in (attentions[0].W_q, attentions[0].W_k, attentions[0].W_v, attentions[1].W_o)]
-    # Adam's first step is ±lr wherever the gradient is not tiny, so the sign of a rounding error shows: but for few
+    trained += [
+        W.weight
+        for W in (attentions[0].W_q, attentions[0].W_k, attentions[0].W_v, attentions[1].W_o)
+    ]
+    # Adam's first step is ±lr wherever the gradient is not tiny, so the sign of a rounding error
+    # shows: but for few
     for mine, other in zip(trained, expected, strict=True):
         assert ((mine - other).abs() < 1e-6).double().mean() > 0.99
 
 
-@pytest.mark.skipif(not metrics.has_bfloat16(CPU), reason="this processor has no bfloat16 instructions")
+@pytest.mark.skipif(
+    not runner.has_bfloat16(CPU), reason="this processor has no bfloat16 instructions"
+)
 def test_bfloat16_trains_nearly_as_float32_and_leaves_float32_weights(data):
     histories = []
     for bfloat16 in (True, False):
@@ -627,7 +727,11 @@ def test_softmax_state_is_of_the_last_blocks_weights_and_all_score_weights(data)
     found = stage.softmax_state(model, data)
     images, labels = data.val.images[::10], data.val.labels[::10]
     F.cross_entropy(model(images), labels).backward()
-    squares = [W.weight.grad.square().sum() for b in model.blocks for W in (b.attention.W_q, b.attention.W_k)]
+    squares = [
+        W.weight.grad.square().sum()
+        for b in model.blocks
+        for W in (b.attention.W_q, b.attention.W_k)
+    ]
     assert found["gradient norm"] == pytest.approx(sum(squares).sqrt().item(), rel=1e-5)
     _, weights = model.states(images)
     own = -(weights * weights.clamp_min(1e-38).log()).sum(-1).mean().item()
@@ -647,51 +751,9 @@ def test_maps_hold_the_weights_of_the_last_block(data):
 def test_the_cache_bytes_of_a_run_are_those_of_its_caches(data):
     for groups in (1, 3, 6):
         tables = stage.execute(
-            metrics.Run("kv_heads", "", replace(SMALL, n_kv_heads=groups, steps=2, n_logs=1)), data, None
+            runner.Run("kv_heads", "", replace(SMALL, n_kv_heads=groups, steps=2, n_logs=1)),
+            data,
+            None,
         )
-        assert tables["runs"][0]["cache_bytes"] == 2 * 2 * groups * 28 * 4 * 4  # blocks, k and v, G, S, d, bytes
-
-
-# ---- the prose ----
-
-
-def test_the_decoding_speeds_in_the_prose_are_those_of_the_committed_rows(quoted_rows):
-    rows, readme = quoted_rows("stage3", "decode", "benchmark")
-    seconds = {(row["S"], row["G"], row["name"]): float(row["seconds"]) for row in rows}
-    others = {"copied to 16 heads": "copied to 16 heads", "torch's `enable_gqa`": "torch's enable_gqa"}
-    others["reading the cache once"] = "reading alone"
-    ours = [seconds["4096", G, "ours"] for G in ("16", "8", "4", "2", "1")]
-    assert f"| ours, ms | {' | '.join(f'{1000 * s:.3g}' for s in ours)} |" in readme
-    for label, name in others.items():
-        ratios = [seconds["4096", G, name] / s for G, s in zip(("16", "8", "4", "2", "1"), ours, strict=True)]
-        assert f"| {label} / ours | {' | '.join(f'{ratio:.2f}' for ratio in ratios)} |" in readme
-    for row in rows:
-        assert int(row["cache_bytes"]) == 2 * 4 * int(row["G"]) * int(row["S"]) * 64 * 4
-        if row["S"] == "4096":
-            assert f" {int(row['cache_bytes']):,} |" in readme
-
-
-def test_the_other_speeds_in_the_prose_are_those_of_the_committed_rows(quoted_rows):
-    rows, readme = quoted_rows("stage3", "benchmark", "benchmark")
-    ratio = {(row["group"], row["name"]): float(row["ratio"]) for row in rows}
-    for name in ("torch's, weights", "torch's, no weights"):
-        groups = [f"steps/s, {tokens} tokens, width {D}" for tokens in (28, 512) for D in (64, 512)]
-        times = [f"{ratio[group, name] / ratio[group, 'ours, weights']:.2f}" for group in groups]
-        assert f"{', '.join(times)} of " in readme
-    for n in (16, 256):
-        assert f"{ratio[f'tokens/s, {n} tokens decoded', 'from the cache']:.1f} times" in readme
-
-
-def test_the_differences_in_the_prose_are_seed_by_seed(quoted_rows):
-    rows = {name: quoted_rows("stage3", "test_metrics", name) for name in ("mha", "gqa4", "gqa2", "mqa")}
-    own = {row["seed"]: float(row["accuracy"]) for row in rows["mha"][0]}
-    for name in rows:
-        run, readme = (found := quoted_rows("stage3", "runs", name))[0][0], found[1]
-        line = next(line for line in readme.splitlines() if line.startswith(f"| `{name}`"))
-        assert f"{int(run['parameters']):,} parameters" in line
-        assert name != "mha" or f"{run['epochs']} epochs" in line
-    for name in ("gqa4", "gqa2", "mqa"):
-        found, readme = rows[name]
-        apart = metrics.mean(100 * (float(row["accuracy"]) - own[row["seed"]]) for row in found)
-        line = next(line for line in readme.splitlines() if line.startswith(f"| `{name}`"))
-        assert line.endswith(f"| {apart.text('+.2f')} |")
+        # blocks, k and v, G, S, d, bytes
+        assert tables["runs"][0]["cache_bytes"] == 2 * 2 * groups * 28 * 4 * 4
