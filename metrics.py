@@ -17,6 +17,7 @@ import contextlib
 import math
 import os
 import unicodedata
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -408,7 +409,8 @@ def picture(path: Path, title: str, n_rows=1, n_columns=1, width=11.0, height=4.
         figure.suptitle(title, fontsize=15)
         yield figure.subplots(n_rows, n_columns, **subplots)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with written_aside(path) as aside, open(aside, "wb") as file:
+        with written_aside(path) as aside, open(aside, "wb") as file, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph")  # a name in Chinese
             figure.savefig(file, dpi=120, format="png")
 
 
@@ -479,8 +481,9 @@ def draw_curves(path: Path, history: pd.DataFrame, title: str) -> None:
         middle = percent["val_accuracy"].median()
         if middle > 80:  # the end is what matters, not the first rise
             right.set_ylim(2 * middle - 100, 100.1)
-        left.legend()
-        right.legend(loc="lower right")
+        if left.lines:  # nothing is drawn of a run that diverged at once
+            left.legend()
+            right.legend(loc="lower right")
 
 
 def draw_sweep(

@@ -24,6 +24,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -987,7 +988,7 @@ def draw_side_tables(folder: Path) -> None:
         metrics.draw_faults(folder / "faults.png", faults, title)
         metrics.draw_lines(
             folder / "fault_gradients.png",
-            metrics.load_rows(folder / "gradients.csv"),
+            metrics.load_rows(folder / "gradients.csv").iloc[::-1],  # the mended one in blue
             ("layer", "grad_norm", "value"),
             "A sigmoid network's gradient vanishes on its way to the first layer",
             logarithmic="y",
@@ -1204,10 +1205,13 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()
     except KeyboardInterrupt as interrupt:
         again = shlex.join(["python", sys.argv[0] if argv is None else __file__, *arguments])
-        print(
-            f"\nstopped; finished runs are saved, the same command goes on: {again}",
-            file=sys.stderr,
-        )
+        if isinstance(command, RunCommand):
+            print(
+                f"\nstopped; finished runs are saved, the same command goes on: {again}",
+                file=sys.stderr,
+            )
+        else:
+            print(f"\nstopped, nothing was saved; to start anew: {again}", file=sys.stderr)
         return 143 if isinstance(interrupt, Terminated) else 130
     except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -1416,10 +1420,22 @@ def results_of(
     else:
         # mmap_mode "c": the workers share the images' memory, and torch takes it as writable
         options = {"return_as": "generator_unordered", "batch_size": 1, "mmap_mode": "c"}
+        options |= {"initializer": end_with_parent, "initargs": (os.getpid(),)}
         try:
             yield from joblib.Parallel(workers, **options)(jobs)
         finally:  # also when it is stopped: leave no worker and no mapped file behind
             get_reusable_executor().shutdown(kill_workers=True)
+
+
+def end_with_parent(parent: int) -> None:
+    """In a worker: end it once its parent is gone, so that a killed job leaves no process behind."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def print_result(folder: Path, experiments: list[str]) -> None:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -364,13 +365,19 @@ def test_dask_gives_the_rows_of_one_process(stage, quick, tmp_path, folder_of):
         pd.testing.assert_frame_equal(one.drop(columns="seconds"), two.drop(columns="seconds"))
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
 def test_a_killed_job_loses_its_run_alone_and_goes_on(stage, tmp_path, folder_of):
     folder = folder_of(tmp_path)
     experiment = QUICK[stage.__name__]
     process = launch(stage, "--only", experiment, "--workers", "2", "--out", tmp_path)
     wait_for_rows(folder, process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
+    deadline = time.monotonic() + 30
+    while any(is_running(child) for child in children):  # its workers end with it
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
     finished = rows_of(folder)
     extra = finished.head(1).assign(seed="77")  # as if it was killed between two files
     history = rows_of(folder, "history")
@@ -383,6 +390,14 @@ def test_a_killed_job_loses_its_run_alone_and_goes_on(stage, tmp_path, folder_of
     todo, n_outdated = stage.unfinished(stage.runs_of([experiment], 1), folder)
     assert len(todo) == len(stage.EXPERIMENTS[experiment]) - len(finished)
     assert n_outdated == 0
+
+
+def is_running(process):
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rsplit(")")[1].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
 
 
 def wait_for_rows(folder, process):

@@ -1,10 +1,13 @@
-"""The arithmetic of metrics.py against scikit-learn."""
+"""metrics.py: its arithmetic against scikit-learn; its tables against loss and halves."""
 
+import math
 import warnings
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from scipy import stats
 from sklearn import metrics as sklearn_metrics
 
 import metrics
@@ -13,9 +16,7 @@ NAN = float("nan")
 
 
 def random_labels(seed):
-    """Predicted and true labels of 1 to 20 classes, often with classes that are never true or never
-    predicted.
-    """
+    """Predicted and true labels of 1 to 20 classes; some are never true or never predicted."""
     rng = np.random.default_rng(seed)
     n_classes = int(rng.integers(1, 21))
     true_classes = rng.choice(n_classes, size=rng.integers(1, n_classes + 1), replace=False)
@@ -179,3 +180,113 @@ def test_report_holds_every_number():
             score(matrix, average) for score in (metrics.precision, metrics.recall, metrics.f1)
         )
         assert lines[average] == [f"{p:.4f}", f"{r:.4f}", f"{f:.4f}", str(len(target))]
+
+
+def test_report_lines_up_under_chinese_names():
+    lines = metrics.report([[5, 1], [2, 7]], ["猫", "狗"]).splitlines()
+    table = [line for line in lines[1:] if line]
+    assert {metrics.terminal_width(line) for line in table} == {len(lines[-1])}
+    assert metrics.terminal_width("猫a") == 3
+
+
+# ---- tables ----
+
+ORDER = [("depth", "0"), ("depth", "1"), ("width", "16")]
+
+
+def run_rows(experiment, value, seed, number):
+    name = {"experiment": experiment, "value": value, "seed": seed}
+    return {"history": [name | {"step": i, "x": number + i} for i in (1, 2)], "runs": [name]}
+
+
+def test_rows_are_replaced_run_by_run_and_stand_in_the_tables_order(tmp_path):
+    for seed in (1, 0):
+        for experiment, value in reversed(ORDER):
+            metrics.replace_rows(tmp_path, run_rows(experiment, value, seed, 0.5), ORDER)
+    metrics.replace_rows(tmp_path, run_rows("depth", "1", 0, 1 / 3), ORDER)
+    metrics.replace_rows(tmp_path, run_rows("own", "lr 3", 0, 7), ORDER)
+    runs = metrics.load_rows(tmp_path / "runs.csv", as_text=True)
+    expected = [(*name, seed) for name in ORDER for seed in ("0", "1")] + [("own", "lr 3", "0")]
+    assert [tuple(row) for row in runs.to_numpy()] == expected
+    history = metrics.load_rows(tmp_path / "history.csv", as_text=True)
+    assert history["step"].tolist() == ["1", "2"] * 7
+    is_it = (history["value"] == "1") & (history["seed"] == "0")
+    assert history.loc[is_it, "x"].tolist() == ["1.33333", "2.33333"]
+
+
+def test_rows_that_get_a_new_column_keep_their_text(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text("experiment,value,seed,lr\na,007,0,1e-3\n")
+    metrics.replace_rows(tmp_path, {"t": [{"experiment": "b", "value": "1", "seed": 2}]}, [])
+    assert path.read_text() == "experiment,value,seed,lr\na,007,0,1e-3\nb,1,2,\n"
+
+
+def test_runs_are_forgotten_with_all_that_is_known_of_them(tmp_path):
+    for experiment, value in ORDER:
+        metrics.replace_rows(tmp_path, run_rows(experiment, value, 0, 0.5), ORDER)
+    metrics.remove_runs(tmp_path, ["depth"])
+    for table in ("runs", "history"):
+        rows = metrics.load_rows(tmp_path / f"{table}.csv")
+        assert set(rows["experiment"]) == {"width"}
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "table.csv"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), metrics.written_aside(path) as aside:
+        aside.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["table.csv"]
+
+
+def test_mean_deviation_and_t_interval():
+    values = [0.9, 0.92, 0.97]
+    found = metrics.summarise(values)
+    assert (found.mean, found.std, found.n) == (np.mean(values), np.std(values, ddof=1), 3)
+    low, high = stats.t.interval(0.95, 2, np.mean(values), stats.sem(values))
+    assert metrics.t_interval(values) == (pytest.approx(low), pytest.approx(high))
+    assert str(metrics.summarise([90, 92, 97])) == "93.00 ± 3.61"
+    assert str(metrics.summarise([0.5])) == "0.50"
+    assert math.isnan(metrics.summarise([1.0, NAN]).mean)
+    assert math.isinf(metrics.summarise([1.0, float("inf")]).mean)
+
+
+def test_score_table_holds_means_intervals_and_what_diverged():
+    rows = pd.DataFrame(
+        {
+            "value": ["a", "a", "b", "b"],
+            "val_accuracy": [0.90, 0.92, 0.5, 0.1],
+            "val_macro_f1": [0.8, 0.9, 0.1, 0.1],
+            "val_loss": [0.25, 0.75, NAN, 1.0],
+            "parameters": [1234] * 4,
+            "status": ["ok", "ok", "diverged", "ok"],
+        }
+    )
+    lines = metrics.score_table(rows, "val_").splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+    low, high = stats.t.interval(0.95, 1, 91, stats.sem([90, 92]))
+    interval = f"{low:.2f} … {min(high, 100):.2f}"
+    assert cells[0] == ["a", "91.00 ± 1.41", interval, "85.00 ± 7.07", "0.5000", "1,234", "2"]
+    assert cells[1][4:] == ["nan", "1,234", "2, 1 diverged"]
+
+
+def history_of(value, seed, losses):
+    name = {"experiment": "e", "value": value, "seed": seed}
+    numbers = {"train_accuracy": 0.1, "val_accuracy": 0.1}
+    return [
+        name | numbers | {"step": 10 * i, "train_loss": loss, "val_loss": loss}
+        for i, loss in enumerate(losses, 1)
+    ]
+
+
+@pytest.mark.parametrize("lost", [[NAN], [float("inf"), 3.0]])
+def test_pictures_of_runs_that_diverged(tmp_path, lost):
+    history = pd.DataFrame(history_of("1", 0, lost) + history_of("2", 0, [2.0, 1.0, 0.5]))
+    runs = pd.DataFrame(
+        {"value": ["1", "2"], "seed": [0, 0], "val_accuracy": [NAN, 0.9], "status": ["ok", "ok"]}
+    )
+    metrics.draw_curves(tmp_path / "curves.png", history[history["value"] == "1"], "title")
+    metrics.draw_sweep(tmp_path / "sweep.png", runs, history, "title", "axis")
+    for name in ("curves", "sweep"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
