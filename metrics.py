@@ -264,7 +264,7 @@ def replace_rows(folder: Path, tables: dict[str, list[dict]], order: list[tuple]
     kill before it leaves rows of no run, which `drop_rows_of_no_run` removes.
     """
     place = {name: i for i, name in enumerate(order)}
-    for table in sorted(tables, key="runs".__eq__):
+    for table in sorted(tables, key=lambda table: table == "runs"):
         path = folder / f"{table}.csv"
         rows = pd.DataFrame(tables[table]).map(cell_text)
         kept = load_rows(path, as_text=True)
@@ -314,7 +314,7 @@ def summarise(values: Iterable[float]) -> Summary:
     values = np.asarray(list(values), dtype=float)
     n = len(values)
     if n < 2:
-        return Summary(values.sum() if n else math.nan, math.nan, math.nan, n)
+        return Summary(values[0] if n else math.nan, math.nan, math.nan, n)
     with np.errstate(invalid="ignore"):
         std = values.std(ddof=1)
     half = stats.t.ppf(0.975, n - 1) * std / math.sqrt(n)

@@ -10,6 +10,9 @@
 Read `MLP`, `cross_entropy` and `train` first: they are the whole idea. `backprop` is what
 `loss.backward()` does, by hand. `EXPERIMENTS` is the table of everything that was tried.
 
+Config, Data, Model, Training and Experiments are the assignment; Pictures, Commands, predict and
+benchmark are what surrounds it.
+
 Axis letters in shape comments: B batch, C classes, N images, P = 784 pixels, D neurons of a layer.
 """
 
@@ -33,7 +36,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, Union
+from typing import Annotated, Literal, NamedTuple, Union, get_args, get_origin
 
 import joblib
 import numpy as np
@@ -60,35 +63,44 @@ SCRIPT = Path(__file__).name
 class Config:
     """All that a run depends on; each field is a flag of `train`."""
 
-    hidden: tuple[int, ...] = (128, 256)  # neurons of each hidden layer; none is softmax regression
-    activation: Literal["sigmoid", "tanh", "relu", "leaky_relu", "gelu", "silu"] = (
-        "relu"  # between the layers
-    )
-    init: Literal["zeros", "small", "default", "xavier", "kaiming"] = (
-        "kaiming"  # how weights are drawn
-    )
-    dropout: float = 0.0  # share of hidden values zeroed while training
-    normalise: bool = True  # pixels to mean 0, std 1; otherwise as stored, 0 … 255
-    deform: float = 0.0  # strength of the random image deformation: 0 none, 1 full
-    loss: Literal["cross_entropy", "softmax_twice", "naive"] = (
-        "cross_entropy"  # the last two go wrong
-    )
-    label_smoothing: float = 0.1  # share of the target spread evenly over all classes
-    optimizer: Literal["sgd", "momentum", "adagrad", "rmsprop", "adam", "adamw"] = (
-        "adamw"  # update rule
-    )
-    lr: float = 3e-3  # highest learning rate of the schedule
-    weight_decay: float = 0.3  # of weights, not of biases
-    warmup: float = (
-        0.3  # share of the run in which the learning rate rises; then it falls, a cosine
-    )
-    clip: float = 0.0  # largest gradient norm; 0 switches clipping off
-    batch_size: int = 128  # images of one update
-    epochs: int = 15  # passes over the training images
-    steps: int = 0  # number of updates, whatever epochs says; 0 leaves it to epochs
-    n_train: int = 55_000  # training images used
-    n_logs: int = 30  # how often a run is evaluated on its way
-    seed: int = 0  # of weights, batch order, dropout, deformation; never of the validation split
+    # neurons of each hidden layer; none is softmax regression
+    hidden: tuple[int, ...] = (128, 256)
+    # between the layers
+    activation: Literal["sigmoid", "tanh", "relu", "leaky_relu", "gelu", "silu"] = "relu"
+    # how the weights are drawn
+    init: Literal["zeros", "small", "default", "xavier", "kaiming"] = "kaiming"
+    # share of hidden values zeroed while training
+    dropout: float = 0.0
+    # pixels to mean 0, std 1; otherwise as stored, 0 … 255
+    normalise: bool = True
+    # strength of the random image deformation: 0 none, 1 full; in the last 30 % of a run 0.3 of it
+    deform: float = 0.0
+    # the last two are there to go wrong
+    loss: Literal["cross_entropy", "softmax_twice", "naive"] = "cross_entropy"
+    # share of the target that is spread evenly over all classes
+    label_smoothing: float = 0.1
+    # update rule
+    optimizer: Literal["sgd", "momentum", "adagrad", "rmsprop", "adam", "adamw"] = "adamw"
+    # highest learning rate of the schedule
+    lr: float = 3e-3
+    # of weights, not of biases; made for adamw, with other optimizers it is an L2 penalty: give 0
+    weight_decay: float = 0.3
+    # share of the run in which the learning rate rises; then it falls along a cosine
+    warmup: float = 0.3
+    # largest gradient norm; 0 switches clipping off
+    clip: float = 0.0
+    # images of one update
+    batch_size: int = 128
+    # passes over the training images
+    epochs: int = 15
+    # number of updates, whatever epochs says; 0 leaves it to epochs
+    steps: int = 0
+    # training images used
+    n_train: int = 55_000
+    # how often a run is evaluated on its way
+    n_logs: int = 30
+    # of weights, batch order, dropout, deformation; never of the validation split
+    seed: int = 0
 
     @property
     def n_steps(self) -> int:
@@ -115,7 +127,13 @@ class Config:
             check_range(name, getattr(self, name), low, high)
         for neurons in self.hidden:
             check_range("hidden", neurons, 1, 16_384)
-        check_range("hidden (number of layers)", len(self.hidden), 0, 100)
+        if len(self.hidden) > 100:
+            raise ValueError(f"hidden may have 100 layers, not {len(self.hidden)} (--hidden)")
+        for field in fields(self):
+            choices = get_args(field.type)
+            value = getattr(self, field.name)
+            if get_origin(field.type) is Literal and value not in choices:
+                raise ValueError(f"{field.name} must be one of {', '.join(choices)}, not {value!r}")
 
 
 def check_range(name: str, value: float, low: float, high: float) -> None:
@@ -132,7 +150,7 @@ def check_range(name: str, value: float, low: float, high: float) -> None:
 MEAN, STD = 0.1307, 0.3081  # of MNIST's training pixels scaled to 0 … 1
 N_TRAIN, N_VAL = 55_000, 5_000  # of the 60,000 training images; the 10,000 test images stay whole
 CLASSES = [str(digit) for digit in range(10)]
-DATASET = "MNIST"  # Fashion-MNIST's files have the same names, so names prove nothing
+DATASET = "MNIST"  # Fashion-MNIST's files have the same names: only checksums tell them apart
 SHA256 = {  # of the unpacked files
     "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
     "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
@@ -245,8 +263,8 @@ def deform(images: Tensor, strength: float = 1.0) -> Tensor:
     B = len(images)
     device = images.device
     half = 13.5  # grid_sample counts from -1 to 1: half an image is 13.5 pixels
-    random = strength * (2 * torch.rand(6, B, device=device) - 1)
-    turn, wide, high, shear, right, down = random
+    amounts = strength * (2 * torch.rand(6, B, device=device) - 1)
+    turn, wide, high, shear, right, down = amounts
     turn = turn * math.radians(15)
     wide = (0.15 * wide).exp()
     high = (0.15 * high).exp()
@@ -355,10 +373,10 @@ def cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) 
         raise ValueError(f"label_smoothing must lie in 0 … 1, not {label_smoothing}")
     z = logits - logits.detach().amax(1, keepdim=True)  # (B, C), none above 0
     log_sum = z.exp().sum(1).log()  # (B,)
-    right = z.gather(1, target[:, None]).squeeze(1)  # (B,) the logit of the true class
+    expected = z.gather(1, target[:, None]).squeeze(1)  # (B,) Σ target · z: the true class's logit
     if label_smoothing > 0:
-        right = (1 - label_smoothing) * right + label_smoothing * z.mean(1)
-    return (log_sum - right).mean()
+        expected = (1 - label_smoothing) * expected + label_smoothing * z.mean(1)
+    return (log_sum - expected).mean()
 
 
 def softmax_twice(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -368,7 +386,10 @@ def softmax_twice(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) 
 
 
 def naive_cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """A common mistake: -log(exp(z) / Σ exp(z)) as written; in float32 exp(89) is infinite."""
+    """A common mistake: -log(exp(z) / Σ exp(z)) as written; in float32 exp(89) is infinite.
+
+    It knows no label smoothing.
+    """
     probabilities = logits.exp() / logits.exp().sum(1, keepdim=True)
     return -probabilities.gather(1, target[:, None]).log().mean()
 
@@ -432,7 +453,10 @@ SCORES = ("loss", "accuracy", "macro_precision", "macro_recall", "macro_f1")
 
 
 def build(config: Config, device: torch.device | str = "cpu") -> MLP:
-    """The Config's network, its weights drawn from the Config's seed, on the device."""
+    """The Config's network on the device.
+
+    Seeds torch: the weights here, then batch order, dropout and deformation of what trains it.
+    """
     torch.manual_seed(config.seed)
     model = MLP(config.hidden, activation=config.activation, dropout=config.dropout)
     initialise(model, config.init)
@@ -463,8 +487,8 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
 
 
 def learning_rate(config: Config, step: int) -> float:
-    """Of update 0 … n_steps - 1: a line up during the warm-up, then a half cosine down to 0."""
-    progress = (step + 0.5) / config.n_steps
+    """Of update 1 … n_steps: a line up during the warm-up, then a half cosine down to 0."""
+    progress = (step - 0.5) / config.n_steps  # its middle, so that no update has rate 0
     if progress < config.warmup:
         return config.lr * progress / config.warmup
     falling = (progress - config.warmup) / (1 - config.warmup)
@@ -478,13 +502,13 @@ def batches(n: int, batch_size: int, device: torch.device) -> Iterator[Tensor]:
 
 
 def train(
-    config: Config, data: Data, report: Callable[[dict], None] | None = None
+    config: Config, data: Data, on_row: Callable[[dict], None] | None = None
 ) -> tuple[MLP, list[dict]]:
     """Train the Config's network: the model, and a history row at n_logs evenly spaced steps.
 
     `objective` is the mean of the minimised loss since the row before. The other numbers are plain
     cross-entropy and accuracy in evaluation mode, on the first 5,000 of the training images in use
-    and on the validation images, so that the two compare. `report` is given each row as it comes.
+    and on the validation images, so that the two compare. `on_row` is given each row as it comes.
     Between rows nothing waits for the device. A loss that is not finite ends the run at the next
     row, which then holds it.
     """
@@ -494,7 +518,7 @@ def train(
     images = data.train.images[: config.n_train]
     labels = data.train.labels[: config.n_train]
     device = images.device
-    seen = Split(images[:N_VAL], labels[:N_VAL])  # training images to evaluate on
+    train_sample = Split(images[:N_VAL], labels[:N_VAL])  # to evaluate on
 
     model = build(config, device)
     optimizer = make_optimizer(model, config)
@@ -506,15 +530,14 @@ def train(
     last_log = 0
     start = time.perf_counter()
 
-    batch_of = batches(len(images), config.batch_size, device)
-    for step in range(1, n_steps + 1):
-        batch = next(batch_of)
+    endless = batches(len(images), config.batch_size, device)
+    for step, batch in enumerate(itertools.islice(endless, n_steps), 1):
         x = images[batch]  # (B, P)
         y = labels[batch]  # (B,)
         if config.deform > 0:  # gentler at the end, when the network settles on the true images
             x = deform(x, config.deform if step < 0.7 * n_steps else 0.3 * config.deform)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, step - 1)
+            group["lr"] = learning_rate(config, step)
 
         loss = loss_function(model(x), y, config.label_smoothing)
         optimizer.zero_grad()
@@ -529,15 +552,15 @@ def train(
         if step in log_steps:
             row = {"step": step, "epoch": step / math.ceil(len(images) / config.batch_size)}
             row["objective"] = loss_sum.item() / (step - last_log)
-            training = evaluate(model, seen)
+            training = evaluate(model, train_sample)
             validation = evaluate(model, data.val)
             row |= {"train_loss": training["loss"], "train_accuracy": training["accuracy"]}
             row |= {f"val_{name}": validation[name] for name in SCORES}
             row["grad_norm"] = grad_norm.item()
             row["seconds"] = time.perf_counter() - start
             history.append(row)
-            if report is not None:
-                report(row)
+            if on_row is not None:
+                on_row(row)
             if status(history) == "diverged":
                 break
             last_log = step
@@ -646,18 +669,20 @@ EXPERIMENTS: dict[str, dict[str, Config]] = {
     },
 }
 THE_BRIEF = ("baseline", "depth", "width", "steps")  # what a bare `run` trains
-SELECTED = ("baseline", "deformed")  # judged on the test images; the weights of seed 0 are kept
+# chosen on the validation images; only these are judged on the test images, and their weights kept
+SELECTED = ("baseline", "deformed")
 
 
 class Run(NamedTuple):
     """One training: its experiment, what is varied in it, and the Config with its seed."""
 
-    experiment: str
-    value: str
+    experiment: str  # a key of EXPERIMENTS
+    value: str  # a key of EXPERIMENTS[experiment]
     config: Config
 
     @property
-    def name(self) -> dict:
+    def key(self) -> dict:
+        """The columns that say which run a row belongs to."""
         return {"experiment": self.experiment, "value": self.value, "seed": self.config.seed}
 
 
@@ -667,59 +692,59 @@ def runs_of(experiments: list[str], n_seeds: int, smoke: bool = False) -> list[R
     for experiment in experiments:
         values = EXPERIMENTS[experiment]
         if smoke and experiment != "faults":
-            first, *_, last = list(values) * 2
-            values = {value: values[value] for value in (first, last)}
+            names = list(values)
+            values = {name: values[name] for name in (names[0], names[-1])}
         for value, config in values.items():
-            config = small(config) if smoke else config
+            config = smoke_config(config) if smoke else config
             runs += [Run(experiment, value, replace(config, seed=seed)) for seed in range(n_seeds)]
     return runs
 
 
-def small(config: Config) -> Config:
+def smoke_config(config: Config) -> Config:
     """The Config of a smoke run: a narrower network, 640 images at most, 6 steps."""
     hidden = tuple(max(4, neurons // 8) for neurons in config.hidden)
     return replace(config, hidden=hidden, n_train=min(config.n_train, 640), steps=6, n_logs=2)
 
 
 def execute(
-    run: Run, arrays: tuple, device: str, origin: dict, read_test=False, report=None
+    run: Run, arrays: tuple, device: str, origin: dict, read_test=False, on_row=None
 ) -> tuple[dict, dict]:
     """Train and measure one run on one thread: (the rows of every table, the weights).
 
     `arrays` are the three splits as numpy arrays, which joblib maps into a worker's memory.
-    `origin` is what the row says of machine, commit and versions. `report` is given each history
+    `origin` is what the row says of machine, commit and versions. `on_row` is given each history
     row; without it a line a minute is printed, unless somebody sits at a terminal.
     """
     torch.set_num_threads(1)
     data = Data(*(Split(*(torch.from_numpy(a).to(device) for a in split)) for split in arrays))
-    model, history = train(run.config, data, report or line_a_minute(run))
+    model, history = train(run.config, data, on_row or line_a_minute(run))
     if not run.config.normalise:
         data = Data(*(as_stored(split) for split in data))
 
-    row = run.name | config_columns(run.config) | {"status": status(history)}
+    row = run.key | config_columns(run.config) | {"status": status(history)}
     for name in ("train_loss", "train_accuracy", *(f"val_{score}" for score in SCORES), "seconds"):
         row[name] = history[-1][name]
     row["parameters"] = sum(p.numel() for p in model.parameters())
     row |= origin | {"threads": torch.get_num_threads()}
-    tables = {"runs": [row], "history": [run.name | logged for logged in history]}
+    tables = {"runs": [row], "history": [run.key | logged for logged in history]}
     if read_test:
         test = evaluate(model, data.test)
         matrix = test.pop("confusion").tolist()
         row |= {f"test_{name}": number for name, number in test.items()}
-        tables["test_metrics"] = [run.name | test]
+        tables["test_metrics"] = [run.key | test]
         tables["confusion"] = [
-            run.name | {"true": true, "predicted": predicted, "count": count}
+            run.key | {"true": true, "predicted": predicted, "count": count}
             for true, counts in enumerate(matrix)
             for predicted, count in enumerate(counts)
         ]
     if run.experiment == "baseline" and run.config.seed == 0:
-        tables["mistakes"] = [run.name | mistake for mistake in surest_mistakes(model, data.test)]
+        tables["mistakes"] = [run.key | mistake for mistake in surest_mistakes(model, data.test)]
     if run.experiment == "faults":
         tables["faults"] = fault_rows(run, model, history, data)
-    vanishing = FAULTS["vanishing gradient"]
-    if run.value in (vanishing.broken, vanishing.mended):
-        norms = enumerate(layer_gradients(run.config, data), 1)
-        tables["gradients"] = [run.name | {"layer": i, "grad_norm": norm} for i, norm in norms]
+        vanishing = FAULTS["vanishing gradient"]
+        if run.value in (vanishing.broken, vanishing.mended):
+            norms = enumerate(layer_gradients(run.config, data), 1)
+            tables["gradients"] = [run.key | {"layer": i, "grad_norm": norm} for i, norm in norms]
     return tables, {name: value.cpu() for name, value in model.state_dict().items()}
 
 
@@ -738,17 +763,17 @@ def progress(row: dict) -> str:
 
 
 def line_a_minute(run: Run) -> Callable[[dict], None]:
-    """A report for `train` that prints a line a minute where no bar can show that it goes on."""
+    """An `on_row` for `train` that prints a line a minute where no bar can show that it goes on."""
     last_line = time.monotonic()
 
-    def report(row: dict) -> None:
+    def on_row(row: dict) -> None:
         nonlocal last_line
         if time.monotonic() - last_line >= 60 and not sys.stderr.isatty():
             last_line = time.monotonic()
             where = f"{run.experiment} {run.value}, seed {run.config.seed}: step {row['step']:,}"
             print(f"  {where} of {run.config.n_steps:,}, {progress(row)}", flush=True)
 
-    return report
+    return on_row
 
 
 def surest_mistakes(model: MLP, split: Split, n: int = 24) -> list[dict]:
@@ -883,7 +908,7 @@ def fault_rows(run: Run, model: MLP, history: list[dict], data: Data) -> list[di
             if run.value == getattr(fault, variant):
                 row = {"fault": name, "variant": variant, "measured": fault.measured}
                 row["number"] = fault.measure(model, history, run.config, data)
-                rows.append(run.name | row)
+                rows.append(run.key | row)
     return rows
 
 
@@ -922,7 +947,7 @@ def draw_all(folder: Path) -> None:
             )
     for name, (question, varied, ordered) in SWEEPS.items():
         if name in by_experiment:
-            title = f"{question} {length_of(EXPERIMENTS[name])}"
+            title = f"{question} {duration_of(by_experiment[name])}"
             metrics.draw_sweep(
                 folder / f"sweep_{name}.png",
                 by_experiment[name],
@@ -938,7 +963,7 @@ def draw_all(folder: Path) -> None:
             folder / "sweep_learning_rate.png",
             by_experiment["learning_rate"],
             ("lr", "error", "optimizer"),
-            "Each optimizer has a learning rate of its own (600 steps)",
+            "Which learning rate for which optimizer?",
             xlabel="highest learning rate (log scale)",
             ylabel="validation error (%, log scale)",
         )
@@ -948,7 +973,7 @@ def draw_all(folder: Path) -> None:
             folder / "sweep_batch_size.png",
             rows.assign(equal=rows["value"].str.split(", ").str[1]),
             ("batch_size", "error", "equal"),
-            "Large batches win at 600 steps each, small ones at 76,800 images each",
+            "Which batch size, at equal steps and at equal images?",
             xlabel="batch size (log scale)",
             ylabel="validation error (%, log scale)",
         )
@@ -958,7 +983,7 @@ def draw_all(folder: Path) -> None:
             folder / "sweep_init.png",
             rows.assign(layers=rows["value"].str.split(", ").str[1]),
             ("init", "layers", "percent"),
-            "Initialisation decides whether a deep network learns (600 steps)",
+            "Which initialisation, in two and in six layers?",
             xlabel="hidden layers",
             ylabel="initialisation",
             colorbar="validation accuracy (%)",
@@ -973,7 +998,7 @@ def draw_grid(path: Path, rows: pd.DataFrame) -> None:
         path,
         rows.assign(depth=sizes[0], width=sizes[1]),
         ("depth", "width", "percent"),
-        "Width helps at every depth, depth hardly (15 epochs each)",
+        "What do layers and neurons do together?",
         xlabel="neurons in each layer",
         ylabel="hidden layers",
         colorbar="validation accuracy (%)",
@@ -986,11 +1011,13 @@ def draw_side_tables(folder: Path) -> None:
     if len(faults):
         title = "What goes wrong in training (orange), and what mends it (blue)"
         metrics.draw_faults(folder / "faults.png", faults, title)
+    gradients = metrics.load_rows(folder / "gradients.csv")
+    if len(gradients):
         metrics.draw_lines(
             folder / "fault_gradients.png",
-            metrics.load_rows(folder / "gradients.csv").iloc[::-1],  # the mended one in blue
+            gradients.iloc[::-1],  # the mended one in blue
             ("layer", "grad_norm", "value"),
-            "A sigmoid network's gradient vanishes on its way to the first layer",
+            "What reaches the first layer of the gradient?",
             logarithmic="y",
             xlabel="layer (1 is next to the image)",
             ylabel="gradient norm of its weights (log scale)",
@@ -1016,11 +1043,11 @@ def draw_mistakes(path: Path, rows: pd.DataFrame) -> None:
             axes.set_title(f"a {row['true']}\n{answer}", fontsize=12)
 
 
-def length_of(values: dict[str, Config]) -> str:
-    """How long an experiment's runs are: "(15 epochs each)", "(600 steps each)", or nothing."""
+def duration_of(rows: pd.DataFrame) -> str:
+    """How long the runs of these rows are: "(15 epochs each)", "(600 steps each)", or nothing."""
     lengths = {
-        f"({config.n_steps:,} steps each)" if config.steps else f"({config.epochs} epochs each)"
-        for config in values.values()
+        f"({row['steps']:,} steps each)" if row["steps"] else f"({row['epochs']} epochs each)"
+        for row in rows.to_dict("records")
     }
     return lengths.pop() if len(lengths) == 1 else ""
 
@@ -1046,18 +1073,18 @@ def write_summary(folder: Path, runs: pd.DataFrame) -> None:
         sections["Selected models, validation images"] = [
             metrics.score_table(selected, "val_", "experiment")
         ]
-        configs = {name: config_columns(next(iter(EXPERIMENTS[name].values()))) for name in names}
-        settings = pd.DataFrame(configs).rename_axis("field").reset_index()
+        first = selected.drop_duplicates("experiment").set_index("experiment")
+        settings = first[list(config_columns(BASE))].T.rename_axis("field").reset_index()
         sections["Config of the selected models"] = [metrics.markdown(settings)]
         for name in names:
             report = metrics.report(confusion_of(folder, name), CLASSES)
             pictures = f"![curves](curves_{name}.png) ![confusion](confusion_{name}.png)"
             note = "**Test images**, summed over seeds."
             sections[f"{name}, class by class"] = [note, f"```\n{report}\n```", pictures]
-    for name, values in EXPERIMENTS.items():
+    for name in EXPERIMENTS:
         rows = runs[runs["experiment"] == name]
         if len(rows) and name not in (*SELECTED, "faults"):
-            note = f"**Validation images** {length_of(values)}"
+            note = f"**Validation images** {duration_of(rows)}"
             varied = SWEEPS[name][1] if name in SWEEPS else "value"
             table = metrics.score_table(rows, "val_", "value", varied)
             sections[f"Sweep: {name.replace('_', ' ')}"] = [
@@ -1098,7 +1125,7 @@ class Command:
 class Common(Command):
     """Flags of every command that computes."""
 
-    out: Path | None = None  # results go to its folder stage1; else figures/, of train out/
+    out: Path | None = None  # results go to OUT/stage1; without it to figures/, of train to out/
     data_dir: Path = HERE / "data"  # holds MNIST/raw with its four files, packed or not
     download: bool = False  # let torchvision fetch the data first
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto takes a GPU if there is one
@@ -1190,7 +1217,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         match command:
             case RunCommand():
-                run(command)
+                run_experiments(command)
             case TrainCommand():
                 train_one(command)
             case PredictCommand():
@@ -1199,6 +1226,8 @@ def main(argv: list[str] | None = None) -> int:
                 benchmark(command)
             case PlotCommand():
                 folder = folder_of(command.out or HERE / "figures")
+                if not folder.exists():
+                    raise DataError(f"{folder} does not exist: train something first")
                 with claimed(folder):
                     draw_all(folder)
                 print(f"drawn: {folder / 'summary.md'}")
@@ -1206,10 +1235,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt as interrupt:
         again = shlex.join(["python", sys.argv[0] if argv is None else __file__, *arguments])
         if isinstance(command, RunCommand):
-            print(
-                f"\nstopped; finished runs are saved, the same command goes on: {again}",
-                file=sys.stderr,
-            )
+            print(f"\nstopped; finished runs are saved, go on with: {again}", file=sys.stderr)
         else:
             print(f"\nstopped, nothing was saved; to start anew: {again}", file=sys.stderr)
         return 143 if isinstance(interrupt, Terminated) else 130
@@ -1279,7 +1305,6 @@ def folder_of(out: Path) -> Path:
 def claimed(folder: Path):
     """Make the folder and keep other jobs out until the block ends; DataError if one is there."""
     folder.mkdir(parents=True, exist_ok=True)
-    folder = folder.resolve()
     try:
         with FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0):
             yield
@@ -1288,7 +1313,7 @@ def claimed(folder: Path):
         raise DataError(f"another job is at work in {folder}: {advice}") from None
 
 
-def run(command: RunCommand) -> None:
+def run_experiments(command: RunCommand) -> None:
     """Train what is not finished yet, save each run as it ends, draw, print the result."""
     device = device_of(command)
     out = command.out or (tempfile.mkdtemp() if command.smoke else HERE / "figures")
@@ -1365,7 +1390,7 @@ def train_and_save(
     todo: list[Run], data: Data, device: str, workers: int, dask: str | None, folder: Path
 ) -> None:
     """Train the runs, the longest first so that no worker waits for one; save each as it ends."""
-    todo = sorted(todo, key=length, reverse=True)
+    todo = sorted(todo, key=cost, reverse=True)
     is_terminal = sys.stderr.isatty()
     with (
         tqdm(total=len(todo), unit="run", disable=not is_terminal) as bar,
@@ -1385,7 +1410,7 @@ def train_and_save(
                 print(f"[{number}/{len(todo)}] {words}, {seconds}", flush=True)
 
 
-def length(run: Run) -> float:
+def cost(run: Run) -> float:
     """About how long a run takes: its steps, times the work of one."""
     sizes = (784, *run.config.hidden, 10)
     products = sum(a * b for a, b in itertools.pairwise(sizes))
@@ -1428,7 +1453,7 @@ def results_of(
 
 
 def end_with_parent(parent: int) -> None:
-    """In a worker: end it once its parent is gone, so that a killed job leaves no process behind."""
+    """In a worker: end it once its parent is gone, so that a killed job leaves none behind."""
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -1473,7 +1498,7 @@ def train_one(command: TrainCommand) -> None:
         is_terminal = sys.stderr.isatty()
         with tqdm(total=config.n_steps, unit="step", disable=not is_terminal) as bar:
 
-            def report(row: dict) -> None:
+            def on_row(row: dict) -> None:
                 bar.set_postfix_str(progress(row), refresh=False)
                 bar.update(row["step"] - bar.n)
                 if not is_terminal:
@@ -1482,7 +1507,7 @@ def train_one(command: TrainCommand) -> None:
                     )
 
             origin = origin_of_rows(device)
-            tables, weights = execute(run, arrays, device, origin, command.test, report)
+            tables, weights = execute(run, arrays, device, origin, command.test, on_row)
         if command.save is not None:
             save_weights(command.save, config, weights)
         metrics.replace_rows(folder, tables, order_of_rows())

@@ -322,7 +322,7 @@ def test_two_workers_give_the_rows_of_one(stage, tmp_path, folder_of):
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {stage.__name__} as stage\n"
         f"table = stage.EXPERIMENTS[{QUICK[stage.__name__]!r}]\n"
-        "table.update({v: stage.small(c) for v, c in table.items()})\n"
+        "table.update({v: stage.smoke_config(c) for v, c in table.items()})\n"
         "sys.exit(stage.main(sys.argv[1:]))\n"
     )
     rows = []

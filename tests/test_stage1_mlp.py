@@ -252,7 +252,7 @@ def test_weights_decay_and_biases_do_not(data):
     with_decay = dict(stage.train(config, data)[0].named_parameters())
     without = dict(stage.train(replace(config, weight_decay=0.0), data)[0].named_parameters())
     before = dict(stage.build(config).named_parameters())
-    lr = stage.learning_rate(config, 0)
+    lr = stage.learning_rate(config, 1)
     for name, parameter in before.items():
         decayed = lr * 0.5 * parameter if name.endswith("weight") else torch.zeros(())
         moved = without[name] - with_decay[name]
@@ -267,12 +267,12 @@ def test_clipping_bounds_the_update(data):
     model, history = stage.train(config, data)
     moved = (nn.utils.parameters_to_vector(model.parameters()) - before).norm().item()
     assert history[0]["grad_norm"] > 0.1  # what was measured before clipping
-    assert moved == pytest.approx(0.01 * stage.learning_rate(config, 0), rel=1e-3)
+    assert moved == pytest.approx(0.01 * stage.learning_rate(config, 1), rel=1e-3)
 
 
 def test_the_learning_rate_rises_and_falls():
     config = replace(SMALL, lr=2.0, warmup=0.25, steps=8)
-    rates = [stage.learning_rate(config, step) for step in range(8)]
+    rates = [stage.learning_rate(config, step) for step in range(1, 9)]
     assert rates[:2] == [pytest.approx(0.5), pytest.approx(1.5)]
     assert rates[2] == pytest.approx(1 + math.cos(math.pi / 12))
     assert rates[7] == pytest.approx(1 + math.cos(math.pi * 11 / 12))
@@ -356,6 +356,17 @@ def test_evaluate_equals_scikit_learn_for_any_model_and_restores_every_flag(data
 
 
 # ---- what is measured of faults and mistakes ----
+
+
+def test_a_config_that_cannot_be_is_refused_by_name():
+    for change, quoted in (
+        ({"init": "kaimng"}, "kaimng"),
+        ({"hidden": (9,) * 101}, "101"),
+        ({"lr": float("nan")}, "nan"),
+        ({"n_train": 55_001}, "n_train must be at most 55,000, not 55,001"),
+    ):
+        with pytest.raises(ValueError, match=quoted):
+            replace(SMALL, **change).check()
 
 
 def test_every_fault_names_two_runs_and_every_run_belongs_to_one():
