@@ -663,6 +663,9 @@ def test_every_mean_with_its_spread_stands_in_a_committed_table(document):
     tables = ""
     for summary in (ROOT / "figures").glob("stage*/summary.md"):
         tables += summary.read_text(encoding="utf-8")
+        runs = metrics.load_rows(summary.with_name("runs.csv"))
+        for _, rows in runs.groupby("experiment"):
+            tables += f"{metrics.summarise(100 * rows['val_accuracy'])}\n"
     text = (ROOT / document).read_text(encoding="utf-8")
     quoted = re.findall(r"[+-]?\d+\.\d+ ± \d+\.\d+", text)
     assert len(quoted) > 20
