@@ -36,24 +36,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from tqdm import tqdm
 
-from metrics import check_matrix, report
+from metrics import check_matrix, report, written_aside
 
 HERE = Path(__file__).resolve().parent
 
 # -------- 1. Rows: what a run measured, saved so that nothing is lost and nothing is half-written -
-
-
-@contextlib.contextmanager
-def written_aside(path: Path):
-    """Give a path to write to, and rename it to `path` once it is complete: a reader never meets
-    half a file.
-    """
-    aside = path.with_name(f"{path.name}.{os.getpid()}.aside")
-    try:
-        yield aside
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -1184,7 +1184,7 @@ class PredictCommand(Command):
 
 @dataclass(frozen=True)
 class BenchmarkCommand(Common):
-    """Time training and metrics beside what a user would take instead: about 12 minutes."""
+    """Time training and metrics beside what a user would take instead: about 15 minutes."""
 
     smoke: bool = False  # as short as it goes; without --out into a temporary folder
 
