@@ -1,39 +1,182 @@
-"""Stage 2: an RNN (循环神经网络), a GRU and an LSTM made of nn.Linear read images row by row.
+"""Stage 2: an RNN (循环神经网络), a GRU and an LSTM of nn.Linear read Fashion-MNIST row by row.
 
-Fashion-MNIST, test accuracy: a plain layer 90.69 ± 0.15 %, two of a GRU 91.73 ± 0.05 %, an LSTM
-90.20 ± 0.11 %; 5 seeds, 2 CPU cores.
+    python stage2_rnn.py                              the brief's questions, one seed each
+    python stage2_rnn.py --only cell units --seeds 3  some experiments; --only all: every one
+    python stage2_rnn.py train --cell gru --lr 0.01   one network of your own
+    python stage2_rnn.py predict shirt.png            what the trained network makes of your images
+    python stage2_rnn.py benchmark                    speed, beside nn.RNN, nn.GRU and nn.LSTM
+    python stage2_rnn.py plot                         draw figures/stage2/ again from its saved rows
 
-    python stage2_rnn.py             train, sweep, faults, benchmark, pictures: all but gru and lstm
-    python stage2_rnn.py train       one plain layer of 256 units, 5 seeds, with a report per class
-    python stage2_rnn.py gru         the same, two layers of a GRU; lstm: one of an LSTM
-    python stage2_rnn.py sweep --only cell reading --seeds 3
-    python stage2_rnn.py faults      what goes wrong: provoked, measured, mended; what cells forget
-    python stage2_rnn.py benchmark   speed of a training step, against nn.RNN, nn.GRU and nn.LSTM
-    python stage2_rnn.py plot        draw figures/stage2/ again from its saved rows
+Read `RNNCell`, `read` and `train` first: they are the whole idea. `GRUCell` and `LSTMCell` change
+one step of it. `bptt` is what `loss.backward()` does, by hand. `EXPERIMENTS` is the table of
+everything that was tried.
 
-Axis letters in shape comments: B batch, T steps, F features of a step, H hidden units, G gates of a
-cell, C cells.
+Config, Data, Model, Training and Experiments are the assignment; Pictures, Commands, predict and
+benchmark are what surrounds it.
+
+Axis letters in shape comments: B batch, C classes, F values of a step, G gates of a cell, H hidden
+units, N images, T steps.
 """
 
-import functools
+import gzip
+import hashlib
+import io
 import itertools
 import math
+import os
+import shlex
+import signal
+import subprocess
 import sys
+import tempfile
+import threading
 import time
-from dataclasses import dataclass
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
+from typing import Annotated, Literal, NamedTuple, Union, get_args, get_origin
 
+import joblib
+import numpy as np
+import pandas as pd
+import seaborn as sns
 import torch
+import tyro
+from filelock import FileLock, Timeout
+from joblib.externals.loky import get_reusable_executor
+from PIL import Image, ImageOps
+from scipy import ndimage
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
 import metrics
-import runner
-from runner import Data, Fault, Run, Split, batches, one_cycle, parameter_groups
 
-# -------- 2. Config -------------------------------------------------------------------------------
+HERE = Path(__file__).resolve().parent
+SCRIPT = Path(__file__).name
 
+# -------- Config ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Config:
+    """All that a run depends on; each field is a flag of `train`."""
+
+    # the plain RNN with tanh or with ReLU, or one with gates
+    cell: Literal["rnn", "rnn_relu", "gru", "lstm"] = "rnn_relu"
+    # hidden units of a layer, in each direction
+    n_hidden: int = 256
+    # layers, each reads the outputs of the one below
+    n_layers: int = 1
+    # read each sequence backwards as well
+    bidirectional: bool = False
+    # how W_hh is drawn, see initialise
+    init: Literal["default", "orthogonal", "identity", "large"] = "identity"
+    # of an LSTM: the bias of its forget gate at the start
+    forget_bias: float = 0.0
+    # how an image becomes a sequence, see sequences
+    reading: Literal["rows", "columns", "two_rows", "patches"] = "two_rows"
+    # what is classified: the state after the last step, or the mean of all steps' outputs
+    readout: Literal["last", "mean"] = "last"
+    # steps of zeros, an even grey, after each sequence
+    padding: int = 0
+    # only the rows that show the garment: sequences of unequal length
+    crop: bool = False
+    # tell the network where each sequence ends
+    lengths: bool = False
+    # whose mean and std scale the pixels; none leaves them at 0 … 1
+    normalise: Literal["fashion_mnist", "mnist", "none"] = "fashion_mnist"
+    # mirror every other training image, at random, left to right
+    flip: bool = True
+    # move every training image by up to that many pixels each way, at random
+    shift: int = 0
+    # evaluate on every image and on its mirror image: the mean of the logits
+    both_views: bool = False
+    # share zeroed, while training, of what a layer hands to the next and of what is classified
+    dropout: float = 0.0
+    # share of the target that is spread evenly over all classes
+    label_smoothing: float = 0.1
+    # update rule
+    optimizer: Literal["sgd", "adamw"] = "adamw"
+    # highest learning rate of the schedule
+    lr: float = 2e-3
+    # of weights, not of biases
+    weight_decay: float = 0.3
+    # share of the run in which the learning rate rises; then it falls along a cosine
+    warmup: float = 0.3
+    # largest gradient norm; 0 switches clipping off
+    clip: float = 1.0
+    # a new random order of the images in every epoch; False: class by class, which goes wrong
+    shuffle: bool = True
+    # images of one update
+    batch_size: int = 256
+    # passes over the training images
+    epochs: int = 40
+    # number of updates, whatever epochs says; 0 leaves it to epochs
+    steps: int = 0
+    # training images used
+    n_train: int = 55_000
+    # how often a run is evaluated on its way
+    n_logs: int = 20
+    # of weights, batch order, mirroring, dropout; never of the validation split
+    seed: int = 0
+
+    @property
+    def n_steps(self) -> int:
+        return self.steps or self.epochs * math.ceil(self.n_train / self.batch_size)
+
+    def check(self) -> None:
+        """ValueError that names the field and the value, and says what would be right."""
+        limits = {
+            "n_hidden": (1, 16_384),
+            "n_layers": (1, 100),
+            "forget_bias": (-100, 100),
+            "padding": (0, 100_000),
+            "shift": (0, 27),
+            "dropout": (0, 0.99),
+            "label_smoothing": (0, 1),
+            "lr": (1e-12, 1e32),
+            "weight_decay": (0, 1e6),
+            "warmup": (0, 0.99),
+            "clip": (0, 1e12),
+            "batch_size": (1, 60_000),
+            "epochs": (1, 10_000),
+            "steps": (0, 10_000_000),
+            "n_train": (1, N_TRAIN),
+            "n_logs": (1, 10_000),
+            "seed": (0, 2**32 - 1),
+        }
+        for name, (low, high) in limits.items():
+            check_range(name, getattr(self, name), low, high)
+        for field in fields(self):
+            choices = get_args(field.type)
+            value = getattr(self, field.name)
+            if get_origin(field.type) is Literal and value not in choices:
+                raise ValueError(f"{field.name} must be one of {', '.join(choices)}, not {value!r}")
+
+
+def check_range(name: str, value: float, low: float, high: float) -> None:
+    """ValueError unless low <= value <= high; a nan is refused too."""
+    flag = "--" + name.replace("_", "-")
+    if not low <= value:
+        raise ValueError(f"{name} must be at least {low:,}, not {value:,} ({flag})")
+    if not value <= high:
+        raise ValueError(f"{name} must be at most {high:,}, not {value:,} ({flag})")
+
+
+# -------- Data ------------------------------------------------------------------------------------
+
+SCALES = {  # mean and std of the training pixels scaled to 0 … 1
+    "fashion_mnist": (0.2860, 0.3530),
+    "mnist": (0.1307, 0.3081),
+    "none": (0.0, 1.0),
+}
+MEAN, STD = SCALES["fashion_mnist"]
+N_TRAIN, N_VAL = 55_000, 5_000  # of the 60,000 training images; the 10,000 test images stay whole
 CLASSES = [
     "T-shirt",
     "trouser",
@@ -46,478 +189,369 @@ CLASSES = [
     "bag",
     "ankle boot",
 ]
-# mean, std of training pixels of 0 … 1
-SCALES = {"fashion_mnist": (0.2860, 0.3530), "mnist": (0.1307, 0.3081)}
-# of Fashion-MNIST's 60,000 training images; its 10,000 test images stay whole
-N_TRAIN, N_VAL = 55_000, 5_000
-OPTIMIZERS = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
-CHOICES = {
-    "cell": ["rnn", "rnn_relu", "gru", "lstm"],
-    "init": ["default", "orthogonal", "identity", "large"],
-    "reading": ["rows", "columns", "two_rows", "patches"],
-    "readout": ["last", "mean"],
-    "normalise": list(SCALES),
-    "optimizer": list(OPTIMIZERS),
-}
-LIMITS = {  # each value is at least the first and less than the second
-    **dict.fromkeys(("n_hidden", "n_layers", "batch_size", "epochs", "n_logs"), (1, math.inf)),
-    **dict.fromkeys(("padding", "shift", "weight_decay", "clip", "steps"), (0, math.inf)),
-    **dict.fromkeys(("dropout", "label_smoothing", "warmup"), (0, 1)),
-    **{"n_train": (1, N_TRAIN + 1), "seed": (0, 2**32), "lr": (1e-12, math.inf)},
+DATASET = "FashionMNIST"  # MNIST's files have the same names: only checksums tell them apart
+SHA256 = {  # of the unpacked files
+    "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+    "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+    "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+    "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
 }
 
 
-@dataclass(frozen=True)
-class Config:
-    cell: str = "rnn_relu"  # the plain RNN's, with tanh or ReLU, or a gated one
-    n_hidden: int = 256  # units of a layer, in each direction
-    n_layers: int = 1
-    bidirectional: bool = False  # read each sequence backwards as well
-    init: str = "identity"  # of W_hh, see initialise; what suits each cell: SUITED
-    reading: str = "two_rows"  # how an image becomes a sequence, see sequences
-    # what is classified: the state after the last step, or the mean of all steps' outputs
-    readout: str = "last"
-    padding: int = 0  # steps of zeros, which is an even grey, after each sequence
-    crop: bool = False  # only the rows that show the garment: sequences of unequal length
-    lengths: bool = False  # tell the network where each sequence ends
-    normalise: str = "fashion_mnist"  # the data set whose mean and std scale the pixels
-    flip: bool = True  # mirror every other training image, at random, left to right
-    shift: int = 0  # move every training image by up to that many pixels each way, at random
-    # evaluate on every image and on its mirror image: the mean of the logits
-    both_views: bool = False
-    # share zeroed, while training, of what a layer hands to the next and of what is classified
-    dropout: float = 0.0
-    label_smoothing: float = 0.1  # share of the target that is spread evenly over all classes
-    optimizer: str = "adamw"
-    lr: float = 2e-3  # the highest learning rate of the schedule
-    weight_decay: float = 0.3  # of weights, not of biases
-    # share of the run in which the learning rate rises; it falls along a cosine after
-    warmup: float = 0.3
-    clip: float = 1.0  # largest gradient norm; 0 switches clipping off
-    batch_size: int = 256
-    epochs: int = 40  # passes over the training images
-    steps: int = 0  # number of updates, whatever epochs says; 0 leaves it to epochs
-    n_train: int = N_TRAIN  # training images used
-    n_logs: int = 30  # evaluations on the validation images during a run
-    seed: int = 0  # of weights, batch order and mirroring; never of the validation split
-
-    def __post_init__(self):
-        runner.check_config(self, CHOICES, LIMITS)
-
-    @property
-    def n_steps(self) -> int:
-        return self.steps or self.epochs * math.ceil(self.n_train / self.batch_size)
+class Split(NamedTuple):
+    images: Tensor  # (N, 28, 28) float32
+    labels: Tensor  # (N,) int64
 
 
-# W_hh of each cell
-SUITED = {"rnn": "orthogonal", "rnn_relu": "identity", "gru": "orthogonal", "lstm": "orthogonal"}
-# where gradients are followed from the last state back to the first
-LAST = {"bidirectional": False, "readout": "last"}
-# a sweep is a list of changes to its base Config; to add one, add its list here and what it varies
-# below
-SWEEPS: dict[str, list[dict]] = {
-    "cell": [{"cell": cell, "init": init} for cell, init in SUITED.items()],
-    "hidden": [{"n_hidden": n} for n in (16, 32, 64, 128, 256)],
-    "layers": [{"n_layers": n} for n in (1, 2, 3)],
-    "direction": [{"bidirectional": b} for b in (False, True)],
-    "steps": [{"steps": n} for n in (100, 300, 1000, 3000)],
-    "lr": [{"lr": lr, "clip": clip} for lr in (3e-4, 1e-3, 3e-3, 1e-2) for clip in (0.0, 1.0)],
-    "init": [
-        {"cell": cell, "init": init} for cell in ("rnn", "rnn_relu") for init in CHOICES["init"][:3]
-    ],
-    "reading": [{"reading": r} for r in CHOICES["reading"]],
-    "readout": [{"readout": r} for r in CHOICES["readout"]],
-}
-# runs of `faults` that are compared with each other: who remembers the image that many empty steps
-# after it?
-PROBES = {
-    "memory": [
-        {"cell": c, "init": i, "padding": n} | LAST
-        for c, i in SUITED.items()
-        for n in (0, 28, 112, 448)
-    ]
-}
-AXES = {
-    "cell": "cell",
-    "hidden": "hidden units",
-    "layers": "layers",
-    "direction": "both directions",
-    "steps": "training steps, each its own run",
-    "lr": "learning rate and clipping",
-    "init": "cell and W_hh",
-    "reading": "how the image is read",
-    "readout": "what is classified",
-    "memory": "cell, and empty steps at the end",
-}
-# of the two with gates
-GATED = {"init": "orthogonal", "shift": 1, "both_views": True, "weight_decay": 0.1}
-# what a job changes in the Config before the user's flags do, and how many seeds it runs
-JOBS: dict[str, tuple[dict, int]] = {
-    "train": ({}, 5),
-    "gru": (GATED | {"cell": "gru", "n_layers": 2, "dropout": 0.3}, 5),
-    "lstm": (GATED | {"cell": "lstm", "lr": 3e-3, "epochs": 15}, 5),
-    "sweep": ({"n_hidden": 128, "steps": 600, "n_logs": 10}, 1),
-    "faults": ({"reading": "rows", "n_hidden": 64, "steps": 200, "n_logs": 10}, 1),
-}
-# jobs whose models see the test images, and as what
-SELECTED = {"train": "rnn", "gru": "gru", "lstm": "lstm"}
-# jobs that `all` leaves out, its minutes, repeats of the benchmark
-LONG, MINUTES, REPEATS = ["gru", "lstm"], 12, 5
-SMOKE = {"n_hidden": 8, "n_train": 640, "batch_size": 128, "steps": 2, "n_logs": 2}
+class Data(NamedTuple):
+    train: Split  # in a random order, so that the first n of them are a fair sample
+    val: Split
+    test: Split
 
 
-# -------- 3. Data ---------------------------------------------------------------------------------
+class DataError(Exception):
+    """A data file is missing, damaged, or another set's."""
 
 
-def load_data(
-    config: Config, device: torch.device | str = "cpu", data_dir: Path = runner.HERE / "data"
-) -> Data:
-    """Fashion-MNIST whole on the device: 55,000 / 5,000 / 10,000 images, scaled as the Config says.
+def read_part(folder: Path, name: str) -> np.ndarray:
+    """One of the four files, unpacked if it lies there so, else from its .gz: uint8 (N, …).
 
-    The split is always the same, see runner.stratified. runner.DataError if the images cannot be
-    had, or are others.
+    Nothing is written. The checksum proves number, shape, values and the right data set at once.
     """
-    (pixels, labels), test = runner.read_images("FashionMNIST", data_dir, *SCALES["fashion_mnist"])
-    kept, val = runner.stratified(labels, N_VAL, seed=2017)
-    mean, std = SCALES[config.normalise]
-    parts = ((pixels[kept], labels[kept]), (pixels[val], labels[val]), test)
+    path = folder / name
+    packed = folder / f"{name}.gz"
+    if not path.exists() and not packed.exists():
+        advice = "give its folder by --data-dir, or add --download"
+        raise DataError(f"{packed} is missing: {advice}")
+    source = path if path.exists() else packed
+    try:
+        content = source.read_bytes() if source == path else gzip.decompress(source.read_bytes())
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise DataError(f"{source} cannot be read ({error}): replace it") from error
+    if hashlib.sha256(content).hexdigest() != SHA256[name]:
+        advice = f"delete it, so that {packed.name} is read" if source == path else "replace it"
+        raise DataError(f"{source} is damaged or not {DATASET}'s (checksum): {advice}")
+    # an idx file: 4 bytes of type, 4 bytes for the length of each axis, then the values
+    if "images" in name:
+        return np.frombuffer(content, np.uint8, offset=16).reshape(-1, 28, 28)
+    return np.frombuffer(content, np.uint8, offset=8)
+
+
+def load_data(data_dir: Path = HERE / "data", download: bool = False) -> Data:
+    """Fashion-MNIST whole: 55,000 / 5,000 / 10,000 images, normalised; DataError if a file is wrong.
+
+    The validation images are stratified, of every class a twelfth, and always the same.
+    """
+    folder = Path(data_dir) / DATASET / "raw"
+    if download:
+        fetch(Path(data_dir))
+    parts = [read_part(folder, name) for name in SHA256]
+    train_images, train_labels, test_images, test_labels = (torch.tensor(part) for part in parts)
+
+    generator = torch.Generator().manual_seed(2017)  # of the split alone: no run's seed changes it
+    order = torch.randperm(len(train_labels), generator=generator)
+    by_class = order[train_labels[order].argsort(stable=True)]
+    is_val = torch.arange(len(by_class)) % 12 == 0  # every 12th, class by class
+    val = by_class[is_val]
+    train = by_class[~is_val]
+    train = train[torch.randperm(len(train), generator=generator)]
+
+    def split(images: Tensor, labels: Tensor) -> Split:
+        return Split(normalised(images), labels.long())
+
     return Data(
-        *(Split(((p.float() / 255 - mean) / std).to(device), y.to(device)) for p, y in parts)
+        split(train_images[train], train_labels[train]),
+        split(train_images[val], train_labels[val]),
+        split(test_images, test_labels),
     )
 
 
+def fetch(data_dir: Path) -> None:
+    """Let torchvision download the set; two stages that start at once do it one after the other."""
+    try:
+        from torchvision import datasets
+
+        data_dir.mkdir(parents=True, exist_ok=True)
+        with FileLock(data_dir / f".{DATASET}.lock"):
+            datasets.FashionMNIST(str(data_dir), download=True)
+    except (ImportError, RuntimeError, OSError, ValueError) as error:
+        pair = "pip install --force-reinstall torch torchvision"
+        hint = (
+            f"; torch and torchvision must be a matched pair: {pair}" if "nms" in str(error) else ""
+        )
+        raise DataError(f"{DATASET} cannot be downloaded into {data_dir}: {error}{hint}") from error
+
+
+def normalised(pixels: Tensor) -> Tensor:
+    """Pixels of 0 … 255 to the mean 0 and standard deviation 1 of the training images, float32."""
+    return (pixels.float() / 255 - MEAN) / STD
+
+
+def scaled_as(config: Config, data: Data) -> Data:
+    """The same images with the mean and std that the Config names."""
+    if config.normalise == "fashion_mnist":
+        return data
+    mean, std = SCALES[config.normalise]
+    return Data(*(Split((split.images * STD + MEAN - mean) / std, split.labels) for split in data))
+
+
+def blank_pixel(config: Config) -> float:
+    """The value of the empty background, once it is normalised."""
+    mean, std = SCALES[config.normalise]
+    return -mean / std
+
+
+def augmented(images: Tensor, flip: bool, shift: int, blank: float) -> Tensor:
+    """Images (B, 28, 28), each mirrored with probability ½ if `flip`, moved by up to `shift` pixels
+    down and right; what moves in from outside is `blank`."""
+    B = len(images)
+    device = images.device
+    if flip:
+        is_mirrored = torch.rand(B, 1, 1, device=device) < 0.5
+        images = torch.where(is_mirrored, images.flip(2), images)
+    if shift > 0:
+        wide = F.pad(images, (shift,) * 4, value=blank)  # (B, 28 + 2 shift, 28 + 2 shift)
+        corner = torch.randint(2 * shift + 1, (2, B, 1), device=device)
+        down, right = corner + torch.arange(28, device=device)  # (B, 28) each
+        image = torch.arange(B, device=device)
+        images = wide[image[:, None, None], down[:, :, None], right[:, None, :]]
+    return images
+
+
 def sequences(images: Tensor, config: Config) -> tuple[Tensor, Tensor | None]:
-    """Images (B, 28, 28) as the Config reads them: sequences (B, T, F), and their lengths (B,) if
-    it tells them.
+    """Images (B, 28, 28) as the Config reads them: (B, T, F), and lengths (B,) if it tells them.
 
     "rows" from top to bottom; "columns" from left to right; "two_rows" at a step, T = 14; "patches"
-    of 7 × 4 pixels, 28 of them, row by row. Cropped sequences begin with the garment's first row
-    (or column, …) and end with its last.
+    of 7 × 4 pixels, 28 of them, row by row. A cropped sequence begins with the garment's first row
+    (or column, …) and ends with its last; what is empty follows.
     """
-    x = {
-        "rows": lambda: images,
-        "columns": lambda: images.mT,
-        "two_rows": lambda: images.reshape(-1, 14, 56),
-        "patches": lambda: images.reshape(-1, 4, 7, 7, 4).transpose(2, 3).reshape(-1, 28, 28),
-    }[config.reading]()
+    if config.reading == "rows":
+        x = images
+    elif config.reading == "columns":
+        x = images.mT
+    elif config.reading == "two_rows":
+        x = images.reshape(-1, 14, 56)
+    else:
+        patches = images.reshape(-1, 4, 7, 7, 4).transpose(2, 3)  # (B, 4 down, 7 right, 7, 4)
+        x = patches.reshape(-1, 28, 28)
     B, T, _ = x.shape
     lengths = torch.full((B,), T, device=x.device)
     if config.crop:
-        # (B, T): does the step show anything of the garment?
-        shown = (x > images.min()).any(2).int()
-        first, lengths = shown.argmax(1), T - shown.flip(1).argmax(1) - shown.argmax(1)
-        turned = (first[:, None] + torch.arange(T, device=x.device)) % T
-        x = x.take_along_dim(turned[:, :, None], 1)  # empty steps all at the end
-    return F.pad(x, (0, 0, 0, config.padding)), lengths if config.lengths else None
+        is_shown = (x > blank_pixel(config) + 1e-4).any(2).int()  # (B, T)
+        first = is_shown.argmax(1)
+        after_last = T - is_shown.flip(1).argmax(1)
+        lengths = after_last - first
+        order = (first[:, None] + torch.arange(T, device=x.device)) % T
+        x = x.take_along_dim(order[:, :, None], 1)  # empty steps all at the end
+    x = F.pad(x, (0, 0, 0, config.padding))
+    return x, lengths if config.lengths else None
 
 
-# -------- 4. Model --------------------------------------------------------------------------------
-
-# a private name, so it may be gone one day
-ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-# (g, y): of outputs y
-sigmoid_backward, tanh_backward = torch.ops.aten.sigmoid_backward, torch.ops.aten.tanh_backward
+# -------- Model -----------------------------------------------------------------------------------
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """a bᵀ: (M, K), (N, K) -> (M, N); on the CPU by oneDNN, which uses an AMD's AVX-512; torch's
-    default does not.
-    """
-    fast = ONEDNN is not None and a.device.type == "cpu" and a.dtype == torch.float32
-    return ONEDNN(a, b, None, "none", [], "") if fast else a @ b.mT
+class RNNCell(nn.Module):
+    """The plain recurrent cell (Elman 1990): h' = act(W_xh x + b + W_hh h), act is tanh or relu.
 
-
-def tanh_(x: Tensor) -> Tensor:
-    """tanh in place; on the CPU as 2σ(2x) − 1, to 1e-7 in float32: torch's sigmoid is far faster
-    there than tanh.
-    """
-    return x.mul_(2.0).sigmoid_().mul_(2.0).sub_(1.0) if x.device.type == "cpu" else x.tanh_()
-
-
-class Cell(nn.Module):
-    """What the cells share. forward(x, state): x (B, n_in), state (B, n_hidden) or None, zeros ->
-    the next state.
-
-    Two nn.Linear hold the weights; Scan applies them. In it a column is a sequence, as in the
-    equations. matrix(): both layers and their biases in one, H + F + 1 columns: p = W [h; x; 1] is
-    all that a step needs. step(p, old, new): makes blocks p the gates, fills the next state `new`,
-    returns what `back` needs besides states. back(grad, old, new, d, …): from grad = ∂L/∂new fills
-    d = ∂L/∂p, returns what of ∂L/∂old does not pass W.
+    forward(x, state): x (B, n_in), state (B, H) or None, which is zeros -> the next state (B, H).
+    The one bias stands for the sum of the two that nn.RNN has.
     """
 
-    n_gates, n_parts, recurrent_bias = 1, 1, False  # n_parts: an LSTM's state is a pair
+    n_gates = 1
+
+    def __init__(self, n_in: int, n_hidden: int, activation: str = "tanh"):
+        super().__init__()
+        check_sizes(n_in, n_hidden)
+        if activation not in ("tanh", "relu"):
+            raise ValueError(f"activation must be tanh or relu, not {activation!r}")
+        self.W_xh = nn.Linear(n_in, n_hidden)
+        self.W_hh = nn.Linear(n_hidden, n_hidden, bias=False)
+        self.activation = activation
+
+    def forward(self, x: Tensor, state: Tensor | None = None) -> Tensor:
+        check_input(self, x, "B")
+        projected = self.W_xh(x)
+        return self.step(projected, start_state(self, state, x, projected))
+
+    def step(self, projected: Tensor, h: Tensor) -> Tensor:
+        """The next state, from projected = W_xh(x) (B, H) and the state before, h (B, H)."""
+        act = torch.tanh if self.activation == "tanh" else torch.relu
+        return act(projected + self.W_hh(h))
+
+
+class GRUCell(nn.Module):
+    """The gated recurrent unit (Cho 2014), with nn.GRU's reset gate, which comes after the product.
+
+        r = σ(W_xr x + b_xr + W_hr h + b_hr)           reset gate 重置门
+        z = σ(W_xz x + b_xz + W_hz h + b_hz)           update gate 更新门
+        n = tanh(W_xn x + b_xn + r ⊙ (W_hn h + b_hn))  candidate 候选状态
+        h' = (1 - z) ⊙ n + z ⊙ h
+
+    forward(x, state) as RNNCell's. Rows of W_xh and W_hh: r, z, n, as in nn.GRU's weights.
+    """
+
+    n_gates = 3
 
     def __init__(self, n_in: int, n_hidden: int):
         super().__init__()
-        if min(n_in, n_hidden) < 1:
-            raise ValueError(
-                f"a cell needs at least one input and one unit, not {n_in=}, {n_hidden=}"
-            )
-        self.W_xh = nn.Linear(n_in, self.n_gates * n_hidden)
-        self.W_hh = nn.Linear(n_hidden, self.n_gates * n_hidden, bias=self.recurrent_bias)
+        check_sizes(n_in, n_hidden)
+        self.W_xh = nn.Linear(n_in, 3 * n_hidden)
+        self.W_hh = nn.Linear(n_hidden, 3 * n_hidden)
 
-    def forward(self, x: Tensor, state=None):
-        if x.ndim != 2 or x.shape[1] != self.W_xh.in_features:
-            raise ValueError(
-                f"a step (B, {self.W_xh.in_features}) expected, not shape {tuple(x.shape)}"
-            )
-        _, *new = self.scan(x.mT[None], self.parts(state, (len(x), self.W_hh.in_features), x))
-        return tuple(new) if self.n_parts > 1 else new[0]
+    def forward(self, x: Tensor, state: Tensor | None = None) -> Tensor:
+        check_input(self, x, "B")
+        projected = self.W_xh(x)
+        return self.step(projected, start_state(self, state, x, projected))
 
-    def scan(self, x: Tensor, state, valid: Tensor | None = None) -> tuple[Tensor, ...]:
-        """All steps: x (T, F, B), each part of the state (B, H) -> outputs (T, H, B), each part of
-        the last (B, H).
-        """
-        outputs, *last = Scan.apply(self, x, valid, self.matrix(), *(part.mT for part in state))
-        return outputs, *(part.mT for part in last)
-
-    def parts(self, state, shape: tuple[int, ...], x: Tensor) -> tuple[Tensor, ...]:
-        """The parts of a state, each of that shape; zeros if there is none."""
-        parts = (x.new_zeros(shape),) * self.n_parts if state is None else state
-        parts = tuple(parts) if isinstance(parts, tuple | list) else (parts,)
-        if (shapes := [tuple(part.shape) for part in parts]) != [shape] * self.n_parts:
-            raise ValueError(
-                f"a state of {self.n_parts} × {shape} expected, not of shapes {shapes}"
-            )
-        return parts
-
-    def matrix(self) -> Tensor:
-        return torch.cat([self.W_hh.weight, self.W_xh.weight, self.W_xh.bias[:, None]], 1)
+    def step(self, projected: Tensor, h: Tensor) -> Tensor:
+        """The next state, from projected = W_xh(x) (B, 3H) and the state before, h (B, H)."""
+        x_r, x_z, x_n = projected.chunk(3, dim=1)
+        h_r, h_z, h_n = self.W_hh(h).chunk(3, dim=1)
+        r = torch.sigmoid(x_r + h_r)
+        z = torch.sigmoid(x_z + h_z)
+        n = torch.tanh(x_n + r * h_n)
+        return (1 - z) * n + z * h
 
 
-class RNNCell(Cell):
-    """h' = act(W_xh x + b + W_hh h), act tanh or relu (Elman 1990). b is the sum of nn.RNN's
-    bias_ih and bias_hh.
+class LSTMCell(nn.Module):
+    """Long short-term memory (Hochreiter 1997; the forget gate: Gers 2000); its state is (h, c).
+
+        i, f, o = σ(W_x x + b + W_h h)      input, forget, output gate 输入门 遗忘门 输出门
+        g = tanh(W_xg x + b_g + W_hg h)     candidate 候选记忆
+        c' = f ⊙ c + i ⊙ g                  memory 记忆单元
+        h' = o ⊙ tanh(c')
+
+    forward(x, state): x (B, n_in), state (h, c), each (B, H), or None -> the next (h, c). Rows of
+    W_xh and W_hh: i, f, g, o, as in nn.LSTM's weights; b is the sum of its two biases.
     """
 
-    def __init__(self, n_in: int, n_hidden: int, activation: str = "tanh"):
-        super().__init__(n_in, n_hidden)
-        if activation not in ("tanh", "relu"):
-            raise ValueError(f"activation must be tanh or relu, not {activation!r}")
-        self.act = tanh_ if activation == "tanh" else torch.relu_
+    n_gates = 4
 
-    def step(self, p, old, new):
-        self.act(new[0].copy_(p))
-        return ()
+    def __init__(self, n_in: int, n_hidden: int):
+        super().__init__()
+        check_sizes(n_in, n_hidden)
+        self.W_xh = nn.Linear(n_in, 4 * n_hidden)
+        self.W_hh = nn.Linear(n_hidden, 4 * n_hidden, bias=False)
 
-    def back(self, grad, old, new, d):
-        torch.mul(grad[0], 1 - new[0] ** 2 if self.act is tanh_ else new[0] > 0, out=d)
-        return [None]
+    def forward(self, x: Tensor, state=None) -> tuple[Tensor, Tensor]:
+        check_input(self, x, "B")
+        projected = self.W_xh(x)
+        return self.step(projected, start_state(self, state, x, projected))
+
+    def step(self, projected: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """The next (h, c), from projected = W_xh(x) (B, 4H) and the (h, c) before."""
+        h, c = state
+        i, f, g, o = (projected + self.W_hh(h)).chunk(4, dim=1)
+        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+        h = torch.sigmoid(o) * torch.tanh(c)
+        return h, c
 
 
-class GRUCell(Cell):
-    """The gated recurrent unit (Cho 2014), with nn.GRU's conventions: the reset gate comes after
-    the product.
+def read(cell: nn.Module, x: Tensor, state=None, is_inside: Tensor | None = None):
+    """Let a cell read sequences: x (T, B, F) -> the outputs h of all steps (T, B, H), last state.
 
-        r = σ(W_xr x + b_r + W_hr h)        z = σ(W_xz x + b_z + W_hz h)
-        n = tanh(W_xn x + b_n + r ⊙ (W_hn h + b_hn))        h' = (1 − z) ⊙ n + z ⊙ h
-
-    Rows of W_xh and W_hh, and of their biases: r, z, n, as in nn.GRU's weight_ih and weight_hh.
+    Where is_inside (T, B, 1) is False, past its end, a sequence's state stands still.
     """
-
-    n_gates, recurrent_bias = 3, True
-
-    def matrix(self):
-        """Rows r, z, W_hn h + b_hn, W_xn x + b_n: the reset gate keeps the last two apart."""
-        h, x, two = self.W_hh, self.W_xh, 2 * self.W_hh.in_features
-        r_z, q_n = (
-            torch.cat([h.weight, x.weight], 1)[:two],
-            torch.block_diag(h.weight[two:], x.weight[two:]),
-        )
-        b = torch.cat([h.bias[:two] + x.bias[:two], h.bias[two:], x.bias[two:]])
-        return torch.cat([torch.cat([r_z, q_n]), b[:, None]], 1)
-
-    def step(self, p, old, new):
-        q_n, n = p[len(p) // 2 :].chunk(2)
-        r, z = p[: len(p) // 2].sigmoid_().chunk(2)
-        torch.lerp(tanh_(n.addcmul_(r, q_n)), old[0], z, out=new[0])
-        return (p,)
-
-    def back(self, grad, old, new, d, p):
-        (grad,), (h,), two = grad, old, 2 * len(old[0])
-        (r, z, q_n, n), (d_r, d_z, d_q, d_n) = p.chunk(4), d.chunk(4)
-        direct = grad * z
-        tanh_backward.grad_input(grad - direct, n, grad_input=d_n)
-        torch.mul(d_n, r, out=d_q)
-        torch.mul(d_n, q_n, out=d_r)
-        torch.mul(grad, h - n, out=d_z)
-        sigmoid_backward.grad_input(d[:two], p[:two], grad_input=d[:two])
-        return [direct]
+    projected = cell.W_xh(x)  # (T, B, G·H): the inputs' part of all steps in one product
+    state = start_state(cell, state, x[0], projected[0])
+    outputs = []
+    for t, projected_t in enumerate(projected.unbind(0)):
+        new_state = cell.step(projected_t, state)
+        state = new_state if is_inside is None else kept(is_inside[t], new_state, state)
+        outputs.append(hidden_of(state))
+    return torch.stack(outputs), state
 
 
-class LSTMCell(Cell):
-    """Long short-term memory (Hochreiter and Schmidhuber 1997; the forget gate: Gers 2000). A state
-    is a pair (h, c).
-
-        i, f, o = σ(W_x x + b + W_h h), each with its own weights
-        g = tanh(W_xg x + b_g + W_hg h)
-        c' = f ⊙ c + i ⊙ g        h' = o ⊙ tanh(c')
-
-    Rows of W_xh and W_hh: i, f, g, o, as in nn.LSTM's; b is the sum of its two biases.
-    """
-
-    n_gates, n_parts = 4, 2
-
-    def step(self, p, old, new):
-        p.chunk(4)[2].mul_(2.0)  # tanh(g) = 2σ(2g) − 1: one call serves all gates
-        i, f, g, o = p.sigmoid_().chunk(4)
-        g.mul_(2.0).sub_(1.0)
-        tanh_c = tanh_(torch.mul(f, old[1], out=new[1]).addcmul_(i, g).clone())
-        torch.mul(o, tanh_c, out=new[0])
-        return p, tanh_c
-
-    def back(self, grad, old, new, d, p, tanh_c):
-        (grad_h, grad_c), two = grad, 2 * len(tanh_c)
-        (i, f, g, o), (d_i, d_f, d_g, d_o) = p.chunk(4), d.chunk(4)
-        grad_c = tanh_backward(grad_h * o, tanh_c).add_(grad_c)
-        torch.mul(grad_c, g, out=d_i)
-        torch.mul(grad_c, old[1], out=d_f)
-        sigmoid_backward.grad_input(d[:two], p[:two], grad_input=d[:two])
-        tanh_backward.grad_input(grad_c * i, g, grad_input=d_g)
-        sigmoid_backward.grad_input(grad_h * tanh_c, o, grad_input=d_o)
-        return [None, grad_c.mul_(f)]
+def hidden_of(state) -> Tensor:
+    """The h of a state: of an LSTM's (h, c) the first."""
+    return state[0] if isinstance(state, tuple) else state
 
 
-class Scan(torch.autograd.Function):
-    """A cell over all steps, and back-propagation through time (BPTT, 随时间反向传播; Werbos 1990)
-    by hand.
-
-    A step is one product, W [h; x; 1], and two on the way back, and what lies between stays in the
-    CPU's cache. Where valid (T, 1, B) is False, past its end, a sequence's state and gradient
-    stand. First derivatives only.
-    """
-
-    @staticmethod
-    def forward(ctx, cell, x, valid, W, *state):
-        (T, n_in, B), H = x.shape, len(state[0])
-        # [h; x; 1] of each step, and the state after the last
-        z = x.new_empty(T + 1, H + n_in + 1, B)
-        z[0, :H], z[:T, H:-1], z[:, -1] = state[0], x, 1
-        states = [
-            z[:, :H],
-            *(torch.cat([part[None], part.new_empty(T, *part.shape)]) for part in state[1:]),
-        ]
-        at, kept = list(zip(*states, strict=True)), []  # at[t]: the state before step t
-        for t in range(T):
-            kept.append(cell.step(product(W, z[t].mT), at[t], at[t + 1]))
-            for old, new in zip(at[t], at[t + 1], strict=True) if valid is not None else ():
-                torch.where(valid[t], new, old, out=new)
-        ctx.cell, ctx.kept = cell, kept
-        ctx.save_for_backward(valid, W, z, *states)
-        # what the loss does not use has no gradient, rather than one of zeros
-        ctx.set_materialize_grads(False)
-        return states[0][1:], *(part[-1].clone() for part in states)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_outputs, *grad):
-        valid, W, z, *states = ctx.saved_tensors
-        at, H = list(zip(*states, strict=True)), states[0].shape[1]
-        grad = [
-            torch.zeros_like(part[0]) if g is None else g
-            for g, part in zip(grad, states, strict=True)
-        ]
-        # h's columns, and x's if they are wanted
-        W_back = W[:, : -1 if ctx.needs_input_grad[1] else H].mT.contiguous()
-        d, dx, dW = (
-            W.new_empty(len(W), z.shape[2]),
-            torch.empty_like(z[1:, H : len(W_back)]),
-            torch.zeros_like(W),
-        )
-        for t in reversed(range(len(dx))):
-            grad[0] = grad[0] if grad_outputs is None else grad[0] + grad_outputs[t]
-            direct, *rest = ctx.cell.back(grad, at[t], at[t + 1], d, *ctx.kept[t])
-            if valid is not None:
-                d.mul_(valid[t])
-            dz = product(W_back, d.mT)
-            dx[t] = dz[H:]
-            dW += product(d, z[t])
-            new = [dz[:H] if direct is None else direct.add_(dz[:H]), *rest]
-            grad = (
-                new
-                if valid is None
-                else [torch.where(valid[t], *pair) for pair in zip(new, grad, strict=True)]
-            )
-        return None, dx if ctx.needs_input_grad[1] else None, None, dW, *grad
+def kept(is_inside: Tensor, new_state, state):
+    """The new state of the sequences that go on, the old one of those that have ended."""
+    if isinstance(state, tuple):
+        return tuple(kept(is_inside, *parts) for parts in zip(new_state, state, strict=True))
+    return torch.where(is_inside, new_state, state)
 
 
 class Recurrent(nn.Module):
-    """Layers of cells over whole sequences, of any length, in one direction or both; nn.RNN, nn.GRU
-    or nn.LSTM by hand.
+    """Layers of cells over whole sequences, in one direction or both; nn.RNN, nn.GRU, nn.LSTM.
 
-    forward(x, lengths, state): x (B, T, n_in); lengths (B,) of 1 … T, None is T; state (C, B,
-    n_hidden), layer by layer and forwards before backwards, None is zeros, for an LSTM a pair ->
-    outputs (B, T, n_hidden · directions), zero past a sequence's end, where x has no influence, and
-    the state after each one's last step. ValueError on other shapes.
+    forward(x, lengths, state): x (B, T, n_in); lengths (B,) whole numbers in 1 … T, None is T;
+    state (C, B, H) for C = layers · directions cells, forwards before backwards, an LSTM's a pair
+    of these, None is zeros -> outputs (B, T, H · directions), zero past a sequence's end, and the
+    state after each one's last step. What x holds past an end, NaN too, has no influence.
+    ValueError on other shapes, lengths or dtypes.
     """
 
     def __init__(
         self, cell="rnn", n_in=28, n_hidden=128, n_layers=1, bidirectional=False, dropout=0.0
     ):
         super().__init__()
-        if cell not in CELLS or n_layers < 1:
-            raise ValueError(
-                f"at least one layer of {', '.join(CELLS)} expected, not {n_layers=}, {cell=}"
-            )
-        # of what a layer hands to the next
-        self.n_directions, self.dropout = 2 if bidirectional else 1, dropout
-        sizes = [n_in] + [self.n_directions * n_hidden] * (n_layers - 1)
-        self.cells = nn.ModuleList(
-            CELLS[cell](size, n_hidden) for size in sizes for _ in range(self.n_directions)
-        )
+        if cell not in CELLS:
+            raise ValueError(f"cell must be one of {', '.join(CELLS)}, not {cell!r}")
+        if n_layers < 1:
+            raise ValueError(f"at least one layer is needed, not {n_layers=}")
+        self.n_layers = n_layers
+        self.n_directions = 2 if bidirectional else 1
+        self.dropout = dropout  # between layers
+        self.cells = nn.ModuleList()
+        for layer in range(n_layers):
+            n_inputs = n_in if layer == 0 else self.n_directions * n_hidden
+            for _ in range(self.n_directions):
+                self.cells.append(CELLS[cell](n_inputs, n_hidden))
 
     def forward(self, x: Tensor, lengths=None, state=None):
-        cell, n, valid, last = self.cells[0], self.n_directions, None, []
-        if x.ndim != 3 or x.shape[1] == 0 or x.shape[2] != cell.W_xh.in_features:
-            raise ValueError(
-                f"sequences (B, T, {cell.W_xh.in_features}), T >= 1, expected, not {tuple(x.shape)}"
-            )
-        B, T, _ = x.shape
-        parts = cell.parts(state, (len(self.cells), B, cell.W_hh.in_features), x)
-        x, reverse = x.permute(1, 2, 0), functools.partial(torch.flip, dims=(0,))  # (T, F, B)
+        check_input(self.cells[0], x, "B, T")
+        x = x.transpose(0, 1)  # (T, B, F): step by step
+        T, B, _ = x.shape
+        is_inside = None
         if lengths is not None:
-            lengths = torch.as_tensor(lengths, device=x.device)
-            if (
-                lengths.shape != (B,)
-                or lengths.is_floating_point()
-                or ((lengths < 1) | (lengths > T)).any()
-            ):
-                raise ValueError(
-                    f"lengths must be {B} whole numbers in 1 … {T}, not {lengths.tolist()}"
-                )
-            valid = (step := torch.arange(T, device=x.device)[:, None, None]) < lengths  # (T, 1, B)
-            x = x.masked_fill(~valid, 0)
-            # padding stays behind, where nothing reads it
-            order = torch.where(valid, lengths - 1 - step, step)
-            reverse = functools.partial(torch.take_along_dim, indices=order, dim=0)
-        for layer in range(0, len(self.cells), n):
-            x, outputs = F.dropout(x, self.dropout, self.training and layer > 0), []
-            for i in range(layer, layer + n):
-                y, *end = self.cells[i].scan(
-                    reverse(x) if i > layer else x, [part[i] for part in parts], valid
-                )
-                outputs.append(reverse(y) if i > layer else y)
-                last.append(end)
-            x = torch.cat(outputs, 1) if n > 1 else outputs[0]  # (T, n·H, B)
-            x = x if valid is None else x.masked_fill(~valid, 0)
-        state = tuple(torch.stack(part) for part in zip(*last, strict=True))
-        return x.permute(2, 0, 1), state if len(state) > 1 else state[0]
+            lengths = check_lengths(lengths, B, T, x.device)
+            step = torch.arange(T, device=x.device)[:, None]  # (T, 1)
+            is_inside = (step < lengths)[:, :, None]  # (T, B, 1)
+            x = x.masked_fill(~is_inside, 0)
+        start_states = states_of_cells(state, self.cells, B)
+        last_states = []
+        for layer in range(self.n_layers):
+            if layer > 0:
+                x = F.dropout(x, self.dropout, self.training)
+            first = layer * self.n_directions  # the layer's cell that reads forwards
+            outputs, last = read(self.cells[first], x, start_states[first], is_inside)
+            last_states.append(last)
+            if self.n_directions == 2:
+                cell = self.cells[first + 1]
+                reversed_x = backwards(x, lengths)
+                reversed_outputs, last = read(cell, reversed_x, start_states[first + 1], is_inside)
+                last_states.append(last)
+                outputs = torch.cat([outputs, backwards(reversed_outputs, lengths)], 2)
+            x = outputs  # (T, B, H · directions)
+            if is_inside is not None:
+                x = x.masked_fill(~is_inside, 0)
+        return x.transpose(0, 1), stacked(last_states)
+
+
+def backwards(x: Tensor, lengths: Tensor | None) -> Tensor:
+    """Each sequence of (T, B, F) from its last step to its first; what is past its end stays."""
+    if lengths is None:
+        return x.flip(0)
+    step = torch.arange(len(x), device=x.device)[:, None]  # (T, 1)
+    source = torch.where(step < lengths, lengths - 1 - step, step)  # (T, B)
+    return x.take_along_dim(source[:, :, None], 0)
 
 
 CELLS = {
     "rnn": RNNCell,
-    "rnn_relu": functools.partial(RNNCell, activation="relu"),
+    "rnn_relu": partial(RNNCell, activation="relu"),
     "gru": GRUCell,
     "lstm": LSTMCell,
 }
 
 
 class RecurrentClassifier(nn.Module):
-    """Recurrent layers, then one linear layer on the last state ("last") or on the mean of the
-    outputs ("mean").
+    """Recurrent layers, then one nn.Linear on the last state, or on the mean of the outputs.
 
-    forward(x, lengths): sequences (B, T, n_in), their lengths as for Recurrent -> logits (B,
-    n_classes).
+    forward(x, lengths): sequences (B, T, n_in), lengths as for Recurrent -> logits (B, n_classes).
     """
 
     def __init__(
@@ -532,302 +566,1472 @@ class RecurrentClassifier(nn.Module):
         dropout=0.0,
     ):
         super().__init__()
-        if readout not in CHOICES["readout"]:
-            raise ValueError(
-                f"readout must be one of {', '.join(CHOICES['readout'])}, not {readout!r}"
-            )
+        if readout not in ("last", "mean"):
+            raise ValueError(f"readout must be last or mean, not {readout!r}")
         self.recurrent = Recurrent(cell, n_in, n_hidden, n_layers, bidirectional, dropout)
         self.out = nn.Linear(n_hidden * self.recurrent.n_directions, n_classes)
-        self.readout, self.dropout = readout, nn.Dropout(dropout)
+        self.readout = readout
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, lengths=None) -> Tensor:
         outputs, state = self.recurrent(x, lengths)
-        if self.readout == "mean":
-            steps = (
-                x.shape[1]
-                if lengths is None
-                else torch.as_tensor(lengths, device=x.device)[:, None]
-            )
-            return self.out(self.dropout(outputs.sum(1) / steps))
-        return self.of_state(state)
+        if self.readout == "last":
+            return self.classify(state)
+        n_steps = x.shape[1] if lengths is None else torch.as_tensor(lengths).to(x.device)[:, None]
+        return self.out(self.dropout(outputs.sum(1) / n_steps))
 
-    def of_state(self, state) -> Tensor:
-        h = state[0] if isinstance(state, tuple) else state
-        # top layer, each direction
-        return self.out(self.dropout(torch.cat([*h[-self.recurrent.n_directions :]], 1)))
+    def classify(self, state) -> Tensor:
+        """The logits (B, n_classes) of a state of the recurrent layers."""
+        of_top_layer = hidden_of(state)[-self.recurrent.n_directions :]  # (directions, B, H)
+        return self.out(self.dropout(torch.cat(tuple(of_top_layer), dim=1)))
 
 
 @torch.no_grad()
-def initialise(model: RecurrentClassifier, init: str) -> None:
-    """Draw W_hh anew, gate by gate, and set b_xh to 0; "default" keeps nn.Linear's U(±1 /
-    √n_hidden), as in nn.RNN.
+def bptt(cell: RNNCell, x: Tensor, grad_outputs: Tensor) -> dict[str, Tensor]:
+    """Gradients of a plain RNN's parameters by hand: {parameter name: its gradient}.
+
+    Back-propagation through time (随时间反向传播; Werbos 1990). x (B, T, n_in); grad_outputs
+    (B, T, H) is ∂L/∂h_t of what the loss makes of each output. With a_t = W_xh x_t + b + W_hh h_t-1
+    and h_t = act(a_t), h_0 = 0, from the last step back:
+        γ_t = grad_outputs_t + W_hhᵀ δ_t+1          ∂L/∂h_t, all that comes later included
+        δ_t = γ_t ⊙ act'(a_t)                       ∂L/∂a_t; tanh' = 1 - h_t², relu' = [h_t > 0]
+        ∂L/∂W_xh = Σ_t δ_t x_tᵀ        ∂L/∂W_hh = Σ_t δ_t h_t-1ᵀ        ∂L/∂b = Σ_t δ_t
+    """
+    outputs, _ = read(cell, x.transpose(0, 1), None)  # (T, B, H)
+    grad_x = torch.zeros_like(cell.W_xh.weight)
+    grad_h = torch.zeros_like(cell.W_hh.weight)
+    grad_b = torch.zeros_like(cell.W_xh.bias)
+    delta = torch.zeros_like(outputs[0])  # (B, H): nothing comes after the last step
+    for t in reversed(range(len(outputs))):
+        h = outputs[t]
+        h_before = outputs[t - 1] if t > 0 else torch.zeros_like(h)
+        gamma = grad_outputs[:, t] + delta @ cell.W_hh.weight
+        slope = 1 - h**2 if cell.activation == "tanh" else (h > 0).to(h.dtype)
+        delta = gamma * slope
+        grad_x += delta.mT @ x[:, t]
+        grad_h += delta.mT @ h_before
+        grad_b += delta.sum(0)
+    return {"W_xh.weight": grad_x, "W_xh.bias": grad_b, "W_hh.weight": grad_h}
+
+
+@torch.no_grad()
+def initialise(model: RecurrentClassifier, init: str, forget_bias: float = 0.0) -> None:
+    """Draw W_hh anew, gate by gate, and set b_xh to 0.
 
     "orthogonal" keeps the length of what passes (Saxe 2014), "large" doubles it, "identity" is for
-    ReLU (Le 2015).
+    ReLU (Le 2015); "default" keeps nn.Linear's U(±1 / √n_hidden), as in nn.RNN, biases too. An
+    LSTM's forget gate gets its own bias: 1 keeps it open at the start (Jozefowicz 2015).
     """
-    for cell in model.recurrent.cells if init != "default" else ():
-        nn.init.zeros_(cell.W_xh.bias)
-        for gate in cell.W_hh.weight.chunk(cell.n_gates):
-            nn.init.eye_(gate) if init == "identity" else nn.init.orthogonal_(
-                gate, 2.0 if init == "large" else 1.0
-            )
+    for cell in model.recurrent.cells:
+        H = cell.W_hh.in_features
+        if init != "default":
+            nn.init.zeros_(cell.W_xh.bias)
+            for gate in cell.W_hh.weight.split(H):  # (H, H)
+                if init == "identity":
+                    nn.init.eye_(gate)
+                else:
+                    nn.init.orthogonal_(gate, gain=2.0 if init == "large" else 1.0)
+        if isinstance(cell, LSTMCell) and forget_bias != 0:
+            cell.W_xh.bias[H : 2 * H] = forget_bias
 
 
-# -------- 5. Training -----------------------------------------------------------------------------
+# What the cells and layers check
 
 
-@runner.inference
-def evaluate(model: nn.Module, split: Split) -> dict:
-    """Loss (nats), accuracy, macro precision, recall and F1 (0 … 1), and the confusion matrix, with
-    dropout off.
+def check_sizes(n_in: int, n_hidden: int) -> None:
+    if min(n_in, n_hidden) < 1:
+        raise ValueError(f"a cell needs at least one input and one unit, not {n_in=}, {n_hidden=}")
+
+
+def check_input(cell: nn.Module, x: Tensor, axes: str) -> None:
+    """ValueError unless x is (B, n_in), for axes "B", or (B, T, n_in) with T >= 1, for "B, T"."""
+    n_axes = 1 + len(axes.split(", "))
+    n_in = cell.W_xh.in_features
+    if x.ndim != n_axes or x.shape[-1] != n_in or (n_axes == 3 and x.shape[1] == 0):
+        raise ValueError(f"an input ({axes}, {n_in}), T >= 1, expected, not {tuple(x.shape)}")
+
+
+def check_lengths(lengths, B: int, T: int, device: torch.device) -> Tensor:
+    """Lengths of B sequences as int64 (B,) on the device; ValueError unless each is in 1 … T."""
+    given = torch.as_tensor(lengths).to(device)
+    if B == 0 and given.numel() == 0:
+        return given.long()
+    is_whole = not (given.is_floating_point() or given.is_complex() or given.dtype == torch.bool)
+    found = given.long()  # before it is compared: T may be beyond a small dtype's range
+    if not is_whole or found.shape != (B,) or ((found < 1) | (found > T)).any():
+        raise ValueError(f"lengths must be {B} whole numbers in 1 … {T}, not {given.tolist()}")
+    return found
+
+
+def parts_of(state, cell: nn.Module, shape: tuple[int, ...]) -> list[Tensor]:
+    """The tensors of a state, an LSTM's two or the one; ValueError unless each has the shape."""
+    n_parts = 2 if isinstance(cell, LSTMCell) else 1
+    parts = list(state) if isinstance(state, tuple | list) else [state]
+    found = [tuple(part.shape) for part in parts]
+    if found != [shape] * n_parts:
+        raise ValueError(f"a state of {n_parts} × {shape} expected, not of shapes {found}")
+    return parts
+
+
+def start_state(cell: nn.Module, state, x: Tensor, projected: Tensor):
+    """The state before the first step x (B, F): the given one, or zeros; ValueError on another
+    shape or dtype. Under autocast the products' dtype is not x's; both are welcome."""
+    shape = (len(x), cell.W_hh.in_features)
+    if state is None:
+        zeros = projected.new_zeros(shape)
+        return (zeros, zeros) if isinstance(cell, LSTMCell) else zeros
+    parts = parts_of(state, cell, shape)
+    for part in parts:
+        if part.dtype not in (x.dtype, projected.dtype):
+            raise ValueError(f"a state of the input's {x.dtype} expected, not of {part.dtype}")
+    parts = [part.to(projected.dtype) for part in parts]
+    return tuple(parts) if isinstance(cell, LSTMCell) else parts[0]
+
+
+def states_of_cells(state, cells: nn.ModuleList, B: int) -> list:
+    """A state of all cells, (C, B, H) or a pair of these, as a list of each cell's own."""
+    if state is None:
+        return [None] * len(cells)
+    parts = parts_of(state, cells[0], (len(cells), B, cells[0].W_hh.in_features))
+    of_cells = zip(*(part.unbind(0) for part in parts), strict=True)
+    return [of_cell if len(of_cell) == 2 else of_cell[0] for of_cell in of_cells]
+
+
+def stacked(states: list):
+    """The cells' states as one, (C, B, H), or of LSTMs a pair of these."""
+    if isinstance(states[0], tuple):
+        return tuple(torch.stack(parts) for parts in zip(*states, strict=True))
+    return torch.stack(states)
+
+
+# -------- Training --------------------------------------------------------------------------------
+
+ROWS = Config(reading="rows")  # how a model is evaluated where nobody says how it reads
+
+
+def evaluate(model: nn.Module, split: Split, config: Config = ROWS) -> dict:
+    """Loss (nats), accuracy, macro precision, recall and F1 (0 … 1) and the confusion matrix.
+
+    The images are read as the Config says. Without gradients and with dropout off; every module
+    gets its own training flag back.
     """
-    # (N, 28, 28) each
-    views = (split.images, split.images.flip(2)) if model.both_views else (split.images,)
-    logits = sum(torch.cat([model(images) for images in view.split(1000)]) for view in views) / len(
-        views
-    )
+    was_training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        logits = logits_of(model, split.images, config)  # (N, C)
+    finally:
+        for module, flag in was_training.items():
+            module.training = flag
     matrix = metrics.confusion_matrix(logits.argmax(1), split.labels, logits.shape[1])
-    return metrics.scores(matrix) | {
-        "loss": F.cross_entropy(logits, split.labels).item(),
-        "confusion": matrix,
-    }
+    loss = F.cross_entropy(logits, split.labels).item()  # stage 1 writes it out
+    return {**metrics.scores(matrix), "loss": loss, "confusion": matrix}
 
 
-def build(config: Config, device: torch.device) -> RecurrentClassifier:
-    """The Config's network, on the device, with weights drawn from the Config's seed: images (B,
-    28, 28) -> logits.
+@torch.no_grad()
+def logits_of(model: nn.Module, images: Tensor, config: Config) -> Tensor:
+    """Images (N, 28, 28) -> logits (N, C); if the Config wants both views, the mean of the two."""
+    views = [images, images.flip(2)] if config.both_views else [images]
+    logits = []
+    for view in views:
+        chunks = [model(*sequences(chunk, config)) for chunk in view.split(1000)]
+        logits.append(torch.cat(chunks))
+    return torch.stack(logits).mean(0)
+
+
+SCORES = ("loss", "accuracy", "macro_precision", "macro_recall", "macro_f1")
+
+
+def build(config: Config, device: torch.device | str = "cpu") -> RecurrentClassifier:
+    """The Config's network on the device.
+
+    Seeds torch: the weights here, then batch order, mirroring and dropout of what trains it.
     """
     torch.manual_seed(config.seed)
-    sizes = (
-        sequences(torch.zeros(1, 28, 28), config)[0].shape[2],
+    n_in = {"rows": 28, "columns": 28, "two_rows": 56, "patches": 28}[config.reading]
+    model = RecurrentClassifier(
+        config.cell,
+        n_in,
         config.n_hidden,
         config.n_layers,
         len(CLASSES),
+        config.bidirectional,
+        config.readout,
+        config.dropout,
     )
-    model = RecurrentClassifier(
-        config.cell, *sizes, config.bidirectional, config.readout, config.dropout
-    )
-    # it is called with images
-    model.register_forward_pre_hook(lambda model, args: sequences(*args, config))
-    initialise(model, config.init)
-    model.both_views = config.both_views
+    initialise(model, config.init, config.forget_bias)
     return model.to(device)
 
 
+def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
+    """The Config's update rule; weights decay, biases do not."""
+    weights = [p for p in model.parameters() if p.ndim > 1]
+    biases = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [
+        {"params": weights, "weight_decay": config.weight_decay},
+        {"params": biases, "weight_decay": 0.0},
+    ]
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, config.lr, fused=True)
+    return torch.optim.AdamW(groups, config.lr, fused=True)
+
+
+def learning_rate(config: Config, step: int) -> float:
+    """Of update 1 … n_steps: a line up during the warm-up, then a half cosine down to 0."""
+    progress = (step - 0.5) / config.n_steps  # its middle, so that no update has rate 0
+    if progress < config.warmup:
+        return config.lr * progress / config.warmup
+    falling = (progress - config.warmup) / (1 - config.warmup)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * falling))
+
+
+def batches(labels: Tensor, config: Config) -> Iterator[Tensor]:
+    """Indices (B,) of the batches: all images in a new random order, again and again."""
+    while True:
+        order = torch.randperm(len(labels), device=labels.device)
+        if not config.shuffle:  # a mistake, to be seen: first all of class 0, then all of class 1
+            order = labels.argsort(stable=True)
+        yield from order.split(config.batch_size)
+
+
 def train(
-    config: Config, data: Data, bar: tqdm | None = None
+    config: Config, data: Data, on_row: Callable[[dict], None] | None = None
 ) -> tuple[RecurrentClassifier, list[dict]]:
-    """Train the Config's network: the model, and a history row for each of n_logs evenly spaced
-    steps.
+    """Train the Config's network: the model, and a history row at n_logs evenly spaced steps.
 
-    A row's train_loss is the mean since the row before. Between rows nothing waits for the device,
-    but for the check of lengths, where they are told. A loss that is not finite ends the run at the
-    next row, which then holds it.
+    `objective` is the mean of the minimised loss since the row before. The other numbers are plain
+    cross-entropy and accuracy in evaluation mode, on the first 5,000 of the training images in use
+    and on the validation images, so that the two compare. `on_row` is given each row as it comes.
+    A loss that is not finite ends the run at the next row, which then holds it.
     """
-    images, labels = (part[: config.n_train] for part in data.train)
+    config.check()
+    data = scaled_as(config, data)
+    images = data.train.images[: config.n_train]
+    labels = data.train.labels[: config.n_train]
     device = images.device
-    model = build(config, device)
-    optimizer = OPTIMIZERS[config.optimizer](
-        parameter_groups(model, config.weight_decay), lr=config.lr, fused=True
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, functools.partial(one_cycle, config))
-    logged = {math.ceil(config.n_steps * (i + 1) / config.n_logs) for i in range(config.n_logs)}
-    history, since, loss_sum, start = [], 0, torch.zeros((), device=device), time.perf_counter()
+    train_sample = Split(images[:N_VAL], labels[:N_VAL])  # to evaluate on
 
-    for step, batch in zip(
-        range(1, config.n_steps + 1), batches(len(images), config, device), strict=False
-    ):
-        # (B, 28, 28)
-        x = runner.augmented(images.index_select(0, batch), config.flip, config.shift)
-        # stage 1 writes it out
-        loss = F.cross_entropy(model(x), labels[batch], label_smoothing=config.label_smoothing)
+    model = build(config, device)
+    optimizer = make_optimizer(model, config)
+    n_steps = config.n_steps
+    log_steps = {math.ceil(n_steps * (i + 1) / config.n_logs) for i in range(config.n_logs)}
+    history = []
+    loss_sum = torch.zeros((), device=device)
+    last_log = 0
+    start = time.perf_counter()
+
+    endless = batches(labels, config)
+    for step, batch in enumerate(itertools.islice(endless, n_steps), 1):
+        shown = augmented(images[batch], config.flip, config.shift, blank_pixel(config))
+        x, lengths = sequences(shown, config)  # (B, T, F), (B,) or None
+        y = labels[batch]  # (B,)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, step)
+
+        loss = F.cross_entropy(model(x, lengths), y, label_smoothing=config.label_smoothing)
         optimizer.zero_grad()
         loss.backward()
-        if config.clip:
-            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-        elif step in logged:
+        if config.clip > 0:
+            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)  # before clipping
+        elif step in log_steps:
             grad_norm = nn.utils.get_total_norm([p.grad for p in model.parameters()])
         optimizer.step()
-        schedule.step()
         loss_sum += loss.detach()
 
-        if step in logged:
-            val, train_loss = evaluate(model, data.val), loss_sum.item() / (step - since)
-            history.append(runner.history_row(config, step, train_loss, val, grad_norm, start))
-            if bar is not None:
-                bar.update(step - since)
-            since = step
-            loss_sum.zero_()
-            if runner.status(history) == "diverged":
+        if step in log_steps:
+            row = {"step": step, "epoch": step / math.ceil(len(images) / config.batch_size)}
+            row["objective"] = loss_sum.item() / (step - last_log)
+            training = evaluate(model, train_sample, config)
+            validation = evaluate(model, data.val, config)
+            row |= {"train_loss": training["loss"], "train_accuracy": training["accuracy"]}
+            row |= {f"val_{name}": validation[name] for name in SCORES}
+            row["grad_norm"] = grad_norm.item()
+            row["seconds"] = time.perf_counter() - start
+            history.append(row)
+            if on_row is not None:
+                on_row(row)
+            if status(history) == "diverged":
                 break
+            last_log = step
+            loss_sum.zero_()
     return model, history
 
 
-# -------- 6. Experiments --------------------------------------------------------------------------
+def status(history: list[dict]) -> str:
+    """Whether a run's last losses are finite: "ok" or "diverged"."""
+    is_finite = math.isfinite(history[-1]["objective"]) and math.isfinite(history[-1]["val_loss"])
+    return "ok" if is_finite else "diverged"
 
 
-def execute(run: Run, data: Data, bar: tqdm) -> dict[str, list[dict]]:
-    """Train and measure one run: its rows for every table. Only the selected models ever see the
-    test images.
+# -------- Experiments -----------------------------------------------------------------------------
+
+BASE = Config()  # 40 epochs, 8,600 steps
+GATED = replace(
+    BASE,
+    init="orthogonal",
+    n_layers=2,
+    shift=1,
+    both_views=True,
+    dropout=0.3,
+    weight_decay=0.1,
+    epochs=30,
+    n_logs=15,
+)
+WHOLE = replace(BASE, n_hidden=128, epochs=20)
+SHORT = replace(BASE, n_hidden=128, steps=600, n_logs=10)  # 2.8 epochs: side questions
+PROBE = replace(BASE, reading="rows", n_hidden=64, steps=300, n_logs=10)  # row by row: T = 28
+SUITED_INIT = {"rnn": "orthogonal", "rnn_relu": "identity", "gru": "orthogonal"}
+SUITED_INIT["lstm"] = "orthogonal"
+CELL_NAMES = {"rnn": "RNN, tanh", "rnn_relu": "RNN, ReLU", "gru": "GRU", "lstm": "LSTM"}
+EXPLODING = replace(PROBE, cell="rnn_relu", init="large", optimizer="sgd", lr=0.1)
+PADDED = replace(PROBE, cell="gru", init="orthogonal", crop=True, padding=28)
+
+# experiment -> what is varied -> the whole Config of its runs; every run is repeated for each seed
+EXPERIMENTS: dict[str, dict[str, Config]] = {
+    # selected models: whole trainings, scored on the test images at their end
+    "rnn": {"1 layer of 256": BASE},
+    "gru": {"2 layers of 256": replace(GATED, cell="gru")},
+    "lstm": {"2 layers of 256": replace(GATED, cell="lstm", forget_bias=1.0)},
+    # whole trainings, 20 epochs
+    "cell": {
+        name: replace(WHOLE, cell=cell, init=SUITED_INIT[cell]) for cell, name in CELL_NAMES.items()
+    },
+    "units": {str(n): replace(WHOLE, n_hidden=n) for n in (16, 32, 64, 128, 256)},
+    # side questions: 600 steps, the plain RNN with ReLU, 128 units
+    "layers": {str(n): replace(SHORT, n_layers=n) for n in (1, 2, 3)},
+    "steps": {f"{n:,}": replace(SHORT, steps=n) for n in (100, 300, 1000, 3000, 10_000)},
+    "learning_rate": {
+        f"{lr:g}, {clipping}": replace(SHORT, lr=lr, clip=clip)
+        for lr in (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+        for clipping, clip in (("not clipped", 0.0), ("clipped at norm 1", 1.0))
+    },
+    "init": {
+        f"{CELL_NAMES[cell]}, {init}": replace(SHORT, cell=cell, init=init)
+        for cell in ("rnn", "rnn_relu")
+        for init in ("default", "orthogonal", "identity")
+    },
+    "reading": {
+        "rows, 28 steps": replace(SHORT, reading="rows"),
+        "columns, 28 steps": replace(SHORT, reading="columns"),
+        "two rows, 14 steps": replace(SHORT, reading="two_rows"),
+        "7 × 4 patches, 28 steps": replace(SHORT, reading="patches"),
+    },
+    "direction_readout": {
+        "forwards, last state": SHORT,
+        "forwards, mean output": replace(SHORT, readout="mean"),
+        "both ways, last state": replace(SHORT, bidirectional=True),
+        "both ways, mean output": replace(SHORT, bidirectional=True, readout="mean"),
+    },
+    "normalisation": {
+        "Fashion-MNIST's mean, std": SHORT,
+        "MNIST's mean, std": replace(SHORT, normalise="mnist"),
+        "none: 0 … 1": replace(SHORT, normalise="none"),
+    },
+    # who remembers the image that many empty steps after it? 300 steps, 64 units, row by row
+    "memory": {
+        f"{name}, {n} empty steps": replace(PROBE, cell=cell, init=SUITED_INIT[cell], padding=n)
+        for cell, name in CELL_NAMES.items()
+        for n in (0, 28, 112, 448)
+    },
+    "forget_bias": {
+        name: replace(PROBE, cell="lstm", init="orthogonal", padding=112, forget_bias=bias)
+        for name, bias in (("0", 0.0), ("1", 1.0), ("ln 140", math.log(140)))
+    },
+    # what goes wrong, and what mends it: see FAULTS
+    "faults": {
+        "tanh, nn.RNN's weights": replace(PROBE, cell="rnn", init="default"),
+        "ReLU, identity": replace(PROBE, cell="rnn_relu", init="identity"),
+        "W_hh doubles, not clipped": replace(EXPLODING, clip=0.0),
+        "W_hh doubles, norm clipped at 1": replace(EXPLODING, clip=1.0),
+        "state after the padding": PADDED,
+        "state at each one's own end": replace(PADDED, lengths=True),
+        "sorted by class": replace(PROBE, shuffle=False),
+        "in random order": replace(PROBE, shuffle=True),
+    },
+}
+THE_BRIEF = ("rnn", "cell", "units")  # what a bare `run` trains
+# chosen on the validation images; only these are judged on the test images, and their weights kept
+SELECTED = ("rnn", "gru", "lstm")
+
+
+class Run(NamedTuple):
+    """One training: its experiment, what is varied in it, and the Config with its seed."""
+
+    experiment: str  # a key of EXPERIMENTS
+    value: str  # a key of EXPERIMENTS[experiment]
+    config: Config
+
+    @property
+    def key(self) -> dict:
+        """The columns that say which run a row belongs to."""
+        return {"experiment": self.experiment, "value": self.value, "seed": self.config.seed}
+
+
+def runs_of(experiments: list[str], n_seeds: int, smoke: bool = False) -> list[Run]:
+    """Every value with every seed; in a smoke run the two ends of a sweep, made small."""
+    runs = []
+    for experiment in experiments:
+        values = EXPERIMENTS[experiment]
+        if smoke and experiment != "faults":
+            names = list(values)
+            values = {name: values[name] for name in (names[0], names[-1])}
+        for value, config in values.items():
+            config = smoke_config(config) if smoke else config
+            runs += [Run(experiment, value, replace(config, seed=seed)) for seed in range(n_seeds)]
+    return runs
+
+
+def smoke_config(config: Config) -> Config:
+    """The Config of a smoke run: a narrower network, 640 images, 3 steps, little padding."""
+    n_hidden = max(4, config.n_hidden // 16)
+    padding = min(config.padding, 28)
+    small = {"n_hidden": n_hidden, "padding": padding, "batch_size": 128, "steps": 3, "n_logs": 2}
+    return replace(config, n_train=640, **small)
+
+
+def execute(
+    run: Run, arrays: tuple, device: str, origin: dict, read_test=False, on_row=None
+) -> tuple[dict, dict]:
+    """Train and measure one run on one thread: (the rows of every table, the weights).
+
+    `arrays` are the three splits as numpy arrays, which joblib maps into a worker's memory.
+    `origin` is what the row says of machine, commit and versions. `on_row` is given each history
+    row; without it a line a minute is printed, unless somebody sits at a terminal.
     """
-    model, history = train(run.config, data, bar)
-    model.eval()
-    tables = runner.tables_of(
-        run, model, history, evaluate(model, data.val), data.val.images.device
-    )
-    if run.experiment in SELECTED.values():
-        tables |= runner.test_tables(run, evaluate(model, data.test))
-        tables["reading"] = [
-            run.name | line for line in read_step_by_step(model, run.config, data.test)
+    torch.set_num_threads(1)
+    data = Data(*(Split(*(torch.from_numpy(a).to(device) for a in split)) for split in arrays))
+    config = run.config
+    model, history = train(config, data, on_row or line_a_minute(run))
+    data = scaled_as(config, data)
+
+    row = run.key | config_columns(config) | {"status": status(history)}
+    for name in ("train_loss", "train_accuracy", *(f"val_{score}" for score in SCORES), "seconds"):
+        row[name] = history[-1][name]
+    row["parameters"] = sum(p.numel() for p in model.parameters())
+    row |= origin | {"threads": torch.get_num_threads()}
+    tables = {"runs": [row], "history": [run.key | logged for logged in history]}
+    if read_test:
+        test = evaluate(model, data.test, config)
+        matrix = test.pop("confusion").tolist()
+        row |= {f"test_{name}": number for name, number in test.items()}
+        tables["test_metrics"] = [run.key | test]
+        tables["confusion"] = [
+            run.key | {"true": true, "predicted": predicted, "count": count}
+            for true, counts in enumerate(matrix)
+            for predicted, count in enumerate(counts)
         ]
+    if run.experiment in ("rnn", "gru") and config.seed == 0:
+        found = read_step_by_step(model, config, data.test)
+        tables["reading"] = [run.key | step for step in found]
+    if run.experiment == "memory" and config.padding == 0:
+        for when, network in (("before", build(config, device)), ("after", model)):
+            norms = enumerate(state_gradients(network, config, data), 1)
+            tables.setdefault("gradients", []).extend(
+                run.key | {"when": f"{when} training", "cell": config.cell, "step": t, "norm": norm}
+                for t, norm in norms
+            )
     if run.experiment == "faults":
-        tables |= runner.fault_tables(run, FAULTS, model, history, data)
-    if run.experiment == "memory" and run.config.padding == 0:
-        models = {
-            "before training": build(run.config, data.val.images.device),
-            "after training": model,
-        }
-        norms = [
-            (w, *row)
-            for w, m in models.items()
-            for row in enumerate(state_gradients(m, run.config, data), 1)
-        ]
-        tables["gradients"] = [
-            run.name | {"when": when, "step": t, "grad_norm": norm} for when, t, norm in norms
-        ]
-    return tables
+        tables["faults"] = fault_rows(run, history, data)
+    return tables, {name: value.cpu() for name, value in model.state_dict().items()}
+
+
+def config_columns(config: Config) -> dict[str, str]:
+    """The Config's fields but the seed, as a row holds them and as rows are compared."""
+    columns = {field.name: str(getattr(config, field.name)) for field in fields(config)}
+    del columns["seed"]
+    return columns
+
+
+def progress(row: dict) -> str:
+    return f"loss {row['val_loss']:.4f}, validation accuracy {100 * row['val_accuracy']:.2f} %"
+
+
+def line_a_minute(run: Run) -> Callable[[dict], None]:
+    """An `on_row` for `train` that prints a line a minute where no bar can show that it goes on."""
+    last_line = time.monotonic()
+
+    def on_row(row: dict) -> None:
+        nonlocal last_line
+        if time.monotonic() - last_line >= 60 and not sys.stderr.isatty():
+            last_line = time.monotonic()
+            where = f"{run.experiment} {run.value}, seed {run.config.seed}: step {row['step']:,}"
+            print(f"  {where} of {run.config.n_steps:,}, {progress(row)}", flush=True)
+
+    return on_row
 
 
 def state_gradients(model: RecurrentClassifier, config: Config, data: Data) -> list[float]:
-    """Norm of the loss's gradient with respect to the state after each of T steps, on 500
-    validation images.
+    """Norm of the loss's gradient with respect to the state after each of T steps, (T,).
+
+    On 500 validation images; of an LSTM the norm of both parts of its state.
     """
-    x, state, states = sequences(data.val.images[::10], config)[0], None, []
-    for step in x.split(1, 1):  # one at a time, so that each state is a tensor of its own
+    x, _ = sequences(data.val.images[::10], config)
+    state = None
+    parts_of_steps = []
+    for step in x.split(1, dim=1):  # one at a time, so that each state is a tensor of its own
         _, state = model.recurrent(step, state=state)
-        states.append(state if isinstance(state, tuple) else (state,))
-        for part in states[-1]:
+        parts = state if isinstance(state, tuple) else (state,)
+        for part in parts:
             part.retain_grad()
-    F.cross_entropy(model.of_state(state), data.val.labels[::10]).backward()
-    return [
-        torch.stack([part.grad for part in parts if part.grad is not None]).norm().item()
-        for parts in states
-    ]
+        parts_of_steps.append(parts)
+    F.cross_entropy(model.classify(state), data.val.labels[::10]).backward()
+    norms = []
+    for parts in parts_of_steps:
+        squares = [part.grad.square().sum() for part in parts if part.grad is not None]
+        norms.append(sum(squares).sqrt().item())
+    return norms
 
 
-@torch.no_grad()
 def read_step_by_step(model: RecurrentClassifier, config: Config, split: Split) -> list[dict]:
-    """The class probabilities of a few images after every step: the same model on ever longer
-    beginnings of them.
-    """
-    x, rows = sequences(split.images[:8], config)[0], []  # (B, T, F)
+    """The class probabilities of eight images after every step: of ever longer beginnings."""
+    x, _ = sequences(split.images[:8], config)  # (8, T, F)
+    model.eval()
+    rows = []
     for t in range(1, x.shape[1] + 1):
-        # forward itself takes sequences
-        for i, shares in enumerate(model.forward(x[:, :t]).softmax(1).tolist()):
-            row = {"image": i, "true": split.labels[i].item(), "step": t} | {
-                f"p{c}": p for c, p in enumerate(shares)
-            }
-            rows.append(
-                row | {"pixels": " ".join(f"{pixel:.2f}" for pixel in x[i, t - 1].tolist())}
-            )
+        with torch.no_grad():
+            probabilities = model(x[:, :t]).softmax(1).tolist()
+        for image, shares in enumerate(probabilities):
+            row = {"image": image, "true": split.labels[image].item(), "step": t}
+            row |= {f"p{c}": share for c, share in enumerate(shares)}
+            row["pixels"] = " ".join(f"{pixel:.2f}" for pixel in x[image, t - 1].tolist())
+            rows.append(row)
     return rows
 
 
-ACCURACY = ("validation accuracy (%)", lambda model, history, *_: 100 * history[-1]["val_accuracy"])
-EXPLODING = {"cell": "rnn_relu", "init": "large", "optimizer": "sgd", "lr": 0.1}
-PADDED = {"cell": "gru", "init": "orthogonal", "crop": True, "padding": 28}
+# What is measured of a fault
+
+
+def last_accuracy(config: Config, history: list[dict], data: Data) -> float:
+    return 100 * history[-1]["val_accuracy"]
+
+
+def gradient_ratio(config: Config, history: list[dict], data: Data) -> float:
+    """What reaches the first step's state of the gradient at the last, before training."""
+    norms = state_gradients(build(config, data.val.images.device), config, data)
+    return norms[0] / norms[-1]
+
+
+class Fault(NamedTuple):
+    """Something that goes wrong in training, shown by a number of two runs of `faults`."""
+
+    broken: str  # the runs' names in EXPERIMENTS["faults"]
+    mended: str
+    symptom: str
+    measured: str
+    measure: Callable[[Config, list[dict], Data], float]
+
+
 FAULTS = {
     "vanishing gradient": Fault(
-        "the first rows teach nothing",
-        "∂ loss / ∂ state: first step / last, at the start",
-        lambda _, __, c, data: (
-            (g := state_gradients(build(c, data.val.labels.device), c, data))[0] / g[-1]
-        ),
-        LAST | {"cell": "rnn", "init": "default"},
-        "ReLU, identity",
-        LAST | {"cell": "rnn_relu", "init": "identity"},
+        broken="tanh, nn.RNN's weights",
+        mended="ReLU, identity",
+        symptom="the first rows teach nothing",
+        measured="gradient at the start, first state / last",
+        measure=gradient_ratio,
     ),
     "exploding gradient": Fault(
-        "W_hh doubles what passes: updates throw the weights away",
-        *ACCURACY,
-        EXPLODING | {"clip": 0.0},
-        "gradient norm clipped at 1",
-        EXPLODING | {"clip": 1.0},
+        broken="W_hh doubles, not clipped",
+        mended="W_hh doubles, norm clipped at 1",
+        symptom="one update throws the weights away",
+        measured="validation accuracy (%)",
+        measure=last_accuracy,
     ),
-    "last output of padded sequences": Fault(
-        "read after the padding, which wipes the state",
-        *ACCURACY,
-        PADDED,
-        "lengths given: the state after the last true step",
-        PADDED | {"lengths": True},
+    "reading the padding": Fault(
+        broken="state after the padding",
+        mended="state at each one's own end",
+        symptom="empty steps wipe the state before it is read",
+        measured="validation accuracy (%)",
+        measure=last_accuracy,
     ),
-    "another data set's normalisation": Fault(
-        "MNIST's mean and std: pixels not centred",
-        *ACCURACY,
-        {"normalise": "mnist"},
-        "Fashion-MNIST's own",
-        {"normalise": "fashion_mnist"},
+    "training images not shuffled": Fault(
+        broken="sorted by class",
+        mended="in random order",
+        symptom="every batch is of one class, and the last one is all that is remembered",
+        measured="validation accuracy (%)",
+        measure=last_accuracy,
     ),
 }
 
 
-def benchmark(config: Config, data: Data, data_dir: Path, repeats: int) -> dict[str, list[dict]]:
-    """A training step of ours against torch's own modules, and against a step's matrix products
-    alone: steps/s.
-    """
-    device, n, works = data.train.images.device, config.steps or 5, {}
-    for cell, H, B in itertools.product(("rnn", "gru", "lstm"), (64, 128, 256), (128, 512)):
-        x, y = data.train.images[:B], data.train.labels[:B]
-        ours = RecurrentClassifier(cell, 28, H).to(device)
-        theirs = nn.ModuleList(
-            [getattr(nn, cell.upper())(28, H, batch_first=True), nn.Linear(H, 10)]
-        ).to(device)
-        W, z = ours.recurrent.cells[0].matrix().detach(), torch.randn(H + 28 + 1, B, device=device)
-        W_back, d = W[:, :H].mT.contiguous(), torch.randn(len(W), B, device=device)
-        # to the gates, back to the state, to the weights
-        pairs = [(W, z.mT), (W_back, d.mT), (d, z)]
-        group, timed = f"steps/s, {cell}, hidden {H}, batch {B}", runner.training_steps
-        works[group, f"nn.{cell.upper()}"] = (
-            n,
-            timed(lambda m=theirs, x=x: m[1](m[0](x)[0][:, -1]), theirs, y, n),
+def fault_rows(run: Run, history: list[dict], data: Data) -> list[dict]:
+    """The numbers of the faults that this run shows, broken or mended."""
+    rows = []
+    for name, fault in FAULTS.items():
+        for variant in ("broken", "mended"):
+            if run.value == getattr(fault, variant):
+                row = {"fault": name, "variant": variant, "measured": fault.measured}
+                row["number"] = fault.measure(run.config, history, data)
+                rows.append(run.key | row)
+    return rows
+
+
+# -------- Pictures: from saved rows alone ---------------------------------------------------------
+
+# experiment -> what its picture asks, what is varied, whether the values have an order
+SWEEPS = {
+    "cell": ("Which cell, at 128 units?", "cell", False),
+    "units": ("What do more hidden units do?", "hidden units", True),
+    "layers": ("What do more layers do?", "layers of 128 units", True),
+    "steps": ("What does longer training do?", "training steps of the whole run", True),
+    "reading": ("How is an image best read?", "a step of the sequence", False),
+    "normalisation": ("Does it matter whose mean and std?", "pixels scaled by", False),
+    "forget_bias": ("Does an open forget gate remember?", "the LSTM's forget bias", True),
+}
+
+
+def draw_all(folder: Path) -> None:
+    """Every picture and summary.md of the folder's rows; DataError if there are none."""
+    runs = metrics.load_rows(folder / "runs.csv")
+    if runs.empty:
+        raise DataError(f"{folder / 'runs.csv'} holds no rows: train something first")
+    runs["percent"] = 100 * runs["val_accuracy"]
+    runs["error"] = 100 - runs["percent"]
+    history = metrics.load_rows(folder / "history.csv")
+    by_experiment = dict(list(runs.groupby("experiment", sort=False)))
+    logged = dict(list(history.groupby("experiment", sort=False)))
+
+    for name in SELECTED:
+        if name in by_experiment:
+            title = f"{name.upper()} on Fashion-MNIST: training"
+            metrics.draw_curves(folder / f"curves_{name}.png", logged[name], title)
+            n_seeds = by_experiment[name]["seed"].nunique()
+            title = f"{name.upper()}: 10,000 test images, sum over {n_seeds} seeds"
+            matrix = confusion_of(folder, name)
+            metrics.draw_confusion(folder / f"confusion_{name}.png", matrix, CLASSES, title)
+    for name, (question, varied, ordered) in SWEEPS.items():
+        if name in by_experiment:
+            rows = by_experiment[name]
+            title = f"{question} {duration_of(rows)}"
+            path = folder / f"sweep_{name}.png"
+            metrics.draw_sweep(path, rows, logged[name], title, varied, ordered)
+    if "learning_rate" in by_experiment:
+        rows = by_experiment["learning_rate"]
+        metrics.draw_lines(
+            folder / "sweep_learning_rate.png",
+            rows.assign(clipping=rows["value"].str.split(", ").str[1]),
+            ("lr", "error", "clipping"),
+            "Which learning rate, with and without clipping? (600 steps each)",
+            xlabel="highest learning rate (log scale)",
+            ylabel="validation error (%, log scale)",
         )
-        works[group, "ours"] = (n, timed(functools.partial(ours, x), ours, y, n))
-        works[group, "products alone"] = (
-            n,
-            lambda p=pairs: [product(*pair) for _ in range(28 * n) for pair in p],
+    if "init" in by_experiment:
+        rows = by_experiment["init"]
+        metrics.draw_heatmap(
+            folder / "sweep_init.png",
+            rows.assign(network=rows["cell"].map(CELL_NAMES)),
+            ("network", "init", "percent"),
+            "Which initialisation of W_hh? (600 steps each)",
+            xlabel="W_hh at the start",
+            ylabel="cell",
+            colorbar="validation accuracy (%)",
         )
-    return {"benchmark": runner.interleaved(works, repeats, device)}
+    if "direction_readout" in by_experiment:
+        rows = by_experiment["direction_readout"]
+        parts = rows["value"].str.split(", ")
+        metrics.draw_heatmap(
+            folder / "sweep_direction_readout.png",
+            rows.assign(direction=parts.str[0], classified=parts.str[1]),
+            ("direction", "classified", "percent"),
+            "Read both ways? Classify the last state or the mean? (600 steps each)",
+            xlabel="what is classified",
+            ylabel="reading direction",
+            colorbar="validation accuracy (%)",
+        )
+    if "memory" in by_experiment:
+        draw_memory(folder / "memory.png", by_experiment["memory"])
+    draw_side_tables(folder)
+    write_summary(folder, runs)
 
 
-# -------- 7. Pictures -----------------------------------------------------------------------------
+def draw_memory(path: Path, rows: pd.DataFrame) -> None:
+    """Accuracy over the number of empty steps, a line a cell, beside the level of mere chance."""
+    names = list(CELL_NAMES.values())
+    rows = rows.assign(name=rows["cell"].map(CELL_NAMES), steps_after=rows["padding"].astype(str))
+    colors = metrics.colors_of(names, ordered=False)
+    title = "Who still knows the image after many empty steps? (300 training steps)\n"
+    with metrics.picture(path, title + metrics.bands_of(rows), width=10) as axes:
+        for name, found in rows.groupby("name", sort=False):
+            style = {"errorbar": ("pi", 100), "err_style": "bars", "err_kws": {"capsize": 5}}
+            style |= {"color": colors[name], "marker": "o", "label": name}
+            metrics.draw_line(axes, found, "steps_after", "percent", **style)
+        axes.axhline(10, color="black", linestyle=":", label="chance")
+        axes.set(xlabel="empty steps between image and answer", ylabel="validation accuracy (%)")
+        axes.set_ylim(0, 100)
+        metrics.legend_beside(axes)
 
 
-def plot(figures: Path) -> list[Path]:
-    """Draw every picture and summary.md from the saved rows; gives their paths. FileNotFoundError
-    if there are none.
+def draw_side_tables(folder: Path) -> None:
+    """The pictures of faults, gradients, readings and speed, of those that have rows."""
+    faults = metrics.load_rows(folder / "faults.csv")
+    if len(faults):
+        title = "What goes wrong in training (orange), and what mends it (blue)"
+        metrics.draw_faults(folder / "faults.png", faults, title)
+    gradients = metrics.load_rows(folder / "gradients.csv")
+    if len(gradients):
+        draw_state_gradients(folder / "state_gradients.png", gradients)
+    reading = metrics.load_rows(folder / "reading.csv")
+    for name, rows in reading.groupby("experiment", sort=False):
+        draw_reading(folder / f"reading_{name}.png", rows, name)
+    benchmarks = metrics.load_rows(folder / "benchmark.csv")
+    if len(benchmarks):
+        draw_benchmark(folder / "benchmark.png", benchmarks)
+
+
+def draw_state_gradients(path: Path, rows: pd.DataFrame) -> None:
+    """How much of the gradient reaches each step's state, before and after training, one axis."""
+    rows = rows.assign(name=rows["cell"].map(CELL_NAMES))
+    colors = metrics.colors_of(list(CELL_NAMES.values()), ordered=False)
+    title = f"How far back does the gradient reach? {metrics.bands_of(rows)}"
+    with metrics.picture(path, title, n_columns=2, width=13, sharey=True) as panels:
+        for axes, (when, found) in zip(panels, rows.groupby("when", sort=False), strict=False):
+            for name, line in found.groupby("name", sort=False):
+                style = {"errorbar": ("pi", 100), "color": colors[name], "label": name}
+                metrics.draw_line(axes, line, "step", "norm", **style)
+            axes.set_title(f"{when}")
+            axes.set(xlabel="step (the rows of the image, from the top)")
+        metrics.log_scale(panels[0].yaxis, rows["norm"])
+        panels[0].set_ylabel("norm of ∂ loss / ∂ state (log scale)")
+        metrics.legend_beside(panels[1])
+
+
+def draw_reading(path: Path, rows: pd.DataFrame, name: str) -> None:
+    """Eight images, and below each the probability of every class after every step.
+
+    The right class is written in bold and marked by a frame; one scale from 0 to 1 for all.
     """
-    album = runner.Album(figures, "RNN on Fashion-MNIST")
-    album.selected(CLASSES)
-    album.reading(CLASSES)
-    album.sweeps(AXES)
-    memory = {"who remembers the image?": album.runs.get("memory", [])}
-    album.lines(
-        "memory", memory, "cell", "padding", "val_accuracy", "validation accuracy (%)", percent=True
-    )
-    album.faults()
-    gradients = runner.group(runner.read_rows(figures / "gradients.csv"), "when")
-    album.lines(
-        "state_gradients", gradients, "value", "step", "grad_norm", "norm of ∂ loss / ∂ state"
-    )
-    album.benchmark()
-    return album.close()
+    columns = [f"p{c}" for c in range(len(CLASSES))]
+    title = f"{name.upper()} (seed 0): how sure it is of each class while it reads on"
+    with metrics.picture(path, title, 4, 4, width=13, height=13) as panels:
+        for image, found in rows.groupby("image"):
+            top = panels[2 * (image // 4), image % 4]
+            below = panels[2 * (image // 4) + 1, image % 4]
+            pixels = np.array([list(map(float, line.split())) for line in found["pixels"]])
+            top.imshow(pixels.reshape(28, 28), cmap="gray_r")
+            top.axis("off")
+            true = found["true"].iloc[0]
+            probabilities = found[columns].to_numpy().T  # (C, T)
+            answer = CLASSES[probabilities[:, -1].argmax()]
+            top.set_title(f"{CLASSES[true]}, read as {answer}", fontsize=14)
+            shown = below.imshow(probabilities, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+            below.axhspan(true - 0.5, true + 0.5, fill=False, edgecolor="#D55E00", linewidth=2)
+            below.grid(False)
+            below.set_xlabel("step", fontsize=13)
+            if image % 4 == 0:
+                below.set_yticks(range(len(CLASSES)), CLASSES, fontsize=13)
+            else:
+                below.set_yticks([])
+        panels[0, 0].figure.colorbar(shown, ax=panels, shrink=0.5, label="probability of the class")
 
 
-# -------- 8. Command line -------------------------------------------------------------------------
+def draw_benchmark(path: Path, rows: pd.DataFrame) -> None:
+    """A bar for every cell and size: our training step's time over that of torch's module."""
+    title = "A training step of ours / of torch's own module (range of the repeats)"
+    with metrics.picture(path, title, width=12, height=5) as axes:
+        sns.barplot(
+            rows,
+            x="size",
+            y="ratio",
+            hue="cell",
+            palette=metrics.COLORS[:3],
+            errorbar=("pi", 100),
+            capsize=0.2,
+            ax=axes,
+        )
+        axes.axhline(1, color="black", linestyle="--")
+        axes.set(xlabel="hidden units, batch size", ylabel="time ratio: lower is better")
+        metrics.legend_beside(axes)
+
+
+def duration_of(rows: pd.DataFrame) -> str:
+    """How long the runs of these rows are: "(20 epochs each)", "(600 steps each)", or nothing."""
+    lengths = {
+        f"({row['steps']:,} steps each)" if row["steps"] else f"({row['epochs']} epochs each)"
+        for row in rows.to_dict("records")
+    }
+    return lengths.pop() if len(lengths) == 1 else ""
+
+
+def confusion_of(folder: Path, experiment: str) -> np.ndarray:
+    """The saved confusion matrix (C, C), summed over seeds."""
+    cells = metrics.load_rows(folder / "confusion.csv")
+    cells = cells[cells["experiment"] == experiment]
+    return cells.pivot_table("count", "true", "predicted", aggfunc="sum").to_numpy().astype(int)
+
+
+def write_summary(folder: Path, runs: pd.DataFrame) -> None:
+    """summary.md: the tables a person reads; each says on which images it was measured."""
+    sections = {}
+    selected = runs[runs["experiment"].isin(SELECTED)]
+    if len(selected):
+        names = list(dict.fromkeys(selected["experiment"]))
+        sections["Selected models, test images"] = [
+            "**Test images**, read once for each run, at its end. The loss is plain cross-entropy: "
+            "label smoothing in training makes it larger at the same accuracy.",
+            metrics.score_table(selected, "test_", "experiment"),
+        ]
+        sections["Selected models, validation images"] = [
+            metrics.score_table(selected, "val_", "experiment")
+        ]
+        first = selected.drop_duplicates("experiment").set_index("experiment")
+        settings = first[list(config_columns(BASE))].T.rename_axis("field").reset_index()
+        sections["Config of the selected models"] = [metrics.markdown(settings)]
+        for name in names:
+            report = metrics.report(confusion_of(folder, name), CLASSES)
+            pictures = f"![curves](curves_{name}.png) ![confusion](confusion_{name}.png)"
+            note = "**Test images**, summed over seeds."
+            sections[f"{name}, class by class"] = [note, f"```\n{report}\n```", pictures]
+    for name in EXPERIMENTS:
+        rows = runs[runs["experiment"] == name]
+        if len(rows) and name not in (*SELECTED, "faults"):
+            note = f"**Validation images** {duration_of(rows)}"
+            varied = SWEEPS[name][1] if name in SWEEPS else "value"
+            table = metrics.score_table(rows, "val_", "value", varied)
+            picture = "memory.png" if name == "memory" else f"sweep_{name}.png"
+            sections[f"Sweep: {name.replace('_', ' ')}"] = [note, table, f"![{name}]({picture})"]
+    faults = metrics.load_rows(folder / "faults.csv")
+    if len(faults):
+        symptoms = {name: fault.symptom for name, fault in FAULTS.items()}
+        table = metrics.fault_table(faults, symptoms)
+        sections["Faults: provoked, measured, mended"] = [table, "![faults](faults.png)"]
+    if (folder / "gradients.csv").exists():
+        note = "Of the runs of `memory` without empty steps, before and after their 300 steps."
+        sections["Gradients through time"] = [note, "![gradients](state_gradients.png)"]
+    own = runs[~runs["experiment"].isin(EXPERIMENTS)]
+    if len(own):
+        table = metrics.score_table(own, "val_", "experiment", "network")
+        sections["Networks of your own"] = ["**Validation images**", table]
+    benchmarks = metrics.load_rows(folder / "benchmark.csv")
+    if len(benchmarks):
+        sections["Speed"] = [benchmark_note(benchmarks), benchmark_table(benchmarks)]
+        sections["Speed"].append("![speed](benchmark.png)")
+    metrics.write_sections(folder / "summary.md", "Stage 2: RNN on Fashion-MNIST", sections)
+
+
+def benchmark_note(rows: pd.DataFrame) -> str:
+    device, threads = rows[["device", "threads"]].iloc[0]
+    return (
+        "Time of a training step of ours over that of torch's own module, with the same last "
+        f"layer; 28 steps; {device}, {threads} threads. Lower is better. Lowest and highest of "
+        f"{rows['repeat'].nunique()} repeats of the whole table, in which the two took turns."
+    )
+
+
+def benchmark_table(rows: pd.DataFrame) -> str:
+    """Markdown: a line a cell, a column a size, in each the mean and the range of the repeats."""
+    table = []
+    for cell, of_cell in rows.groupby("cell", sort=False):
+        line = {"units, batch": cell}
+        for size, found in of_cell.groupby("size", sort=False):
+            ratios = found["ratio"]
+            line[size] = f"{ratios.mean():.2f} ({ratios.min():.2f} … {ratios.max():.2f})"
+        table.append(line)
+    return metrics.markdown(table)
+
+
+# -------- Commands --------------------------------------------------------------------------------
+
+
+class Command:
+    def check(self) -> None:
+        """ValueError if a flag's value is out of range."""
+
+
+@dataclass(frozen=True)
+class Common(Command):
+    """Flags of every command that computes."""
+
+    out: Path | None = None  # results go to OUT/stage2; without it to figures/, of train to out/
+    data_dir: Path = HERE / "data"  # holds FashionMNIST/raw with its four files, packed or not
+    download: bool = False  # let torchvision fetch the data first
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto takes a GPU if there is one
+
+
+@dataclass(frozen=True)
+class RunCommand(Common):
+    """Train experiments; what is finished is found and not trained again."""
+
+    only: Annotated[
+        tyro.conf.UseAppendAction[tuple[tuple[Literal[("all", *EXPERIMENTS)], ...], ...]],
+        tyro.conf.arg(metavar="NAME …", help=f"of: all {' '.join(EXPERIMENTS)}"),
+    ] = ()
+    seeds: int = 1  # runs of every value, with seeds 0, 1, …
+    workers: int = 0  # processes of one thread each; 0 is one per core, or one per GPU
+    dask: str | None = None  # address of a Dask scheduler, such as tcp://scheduler:8786
+    fresh: bool = False  # remove the rows of these experiments first
+    smoke: bool = False  # a tiny run of everything; without --out into a temporary folder
+
+    def check(self) -> None:
+        check_range("seeds", self.seeds, 1, 1000)
+        check_range("workers", self.workers, 0, 1024)
+
+    @property
+    def experiments(self) -> list[str]:
+        named = list(dict.fromkeys(itertools.chain(*self.only)))
+        if "all" in named or (self.smoke and not named):
+            return list(EXPERIMENTS)
+        return named or list(THE_BRIEF)
+
+
+@dataclass(frozen=True)
+class TrainCommand(Common):
+    """Train one network of your own; it is judged on the validation images."""
+
+    config: tyro.conf.OmitArgPrefixes[Config] = Config()
+    test: bool = False  # judge it on the test images too
+    save: Path | None = None  # write weights and Config to this file
+
+    def check(self) -> None:
+        self.config.check()
+
+
+@dataclass(frozen=True)
+class PredictCommand(Command):
+    """Say which garment is on each image file: photo or drawing."""
+
+    images: tyro.conf.Positional[tuple[Path, ...]]  # image files
+    weights: Path = HERE / "figures" / "stage2" / "gru.pt"  # the network that reads them
+    save_picture: Path | None = None  # write what the network saw to this PNG file
+
+    def check(self) -> None:
+        if not self.images:
+            raise ValueError("predict needs at least one image file")
+
+
+@dataclass(frozen=True)
+class BenchmarkCommand(Common):
+    """Time a training step beside torch's own modules: about 10 minutes."""
+
+    smoke: bool = False  # as short as it goes; without --out into a temporary folder
+
+
+@dataclass(frozen=True)
+class PlotCommand(Command):
+    """Draw the pictures and summary.md again from saved rows."""
+
+    out: Path | None = None  # the folder that holds stage2; else figures/
+
+
+COMMANDS = {
+    "run": RunCommand,
+    "train": TrainCommand,
+    "predict": PredictCommand,
+    "benchmark": BenchmarkCommand,
+    "plot": PlotCommand,
+}
 
 
 def main(argv: list[str] | None = None) -> int:
-    return runner.run_stage(sys.modules[__name__], {"benchmark": benchmark}, argv)
+    """The program; its exit code: 0 done, 1 data or files that are wrong, 2 bad flags, 130 Ctrl-C,
+    143 SIGTERM."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal without Chinese still shows the rest
+            stream.reconfigure(errors="backslashreplace")
+    command = parse(arguments)
+    before = signal.signal(signal.SIGTERM, raise_terminated)
+    try:
+        match command:
+            case RunCommand():
+                run_experiments(command)
+            case TrainCommand():
+                train_one(command)
+            case PredictCommand():
+                return predict(command)
+            case BenchmarkCommand():
+                benchmark(command)
+            case PlotCommand():
+                folder = folder_of(command.out or HERE / "figures")
+                if not folder.exists():
+                    raise DataError(f"{folder} does not exist: train something first")
+                with claimed(folder):
+                    draw_all(folder)
+                print(f"drawn: {folder / 'summary.md'}")
+        sys.stdout.flush()
+    except KeyboardInterrupt as interrupt:
+        again = shlex.join(["python", sys.argv[0] if argv is None else __file__, *arguments])
+        if isinstance(command, RunCommand):
+            print(f"\nstopped; finished runs are saved, go on with: {again}", file=sys.stderr)
+        else:
+            print(f"\nstopped, nothing was saved; to start anew: {again}", file=sys.stderr)
+        return 143 if isinstance(interrupt, Terminated) else 130
+    except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (DataError, ValueError, OSError) as error:
+        print(f"{SCRIPT}: {error}", file=sys.stderr)
+        return 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return 0
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came; whatever ends on Ctrl-C ends."""
+
+
+def raise_terminated(number, frame) -> None:
+    raise Terminated
+
+
+def parse(arguments: list[str]):
+    """The command that the arguments ask for; what is wrong is said, and ends with exit 2."""
+    first = arguments[0] if arguments else ""
+    try:
+        if not first or (first.startswith("-") and first not in ("-h", "--help")):
+            arguments = ["run", *arguments]
+        elif not first.startswith("-") and first not in COMMANDS:
+            near = get_close_matches(first, COMMANDS, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"no command {first!r}, there are {', '.join(COMMANDS)}{hint}")
+        kinds = [Annotated[kind, tyro.conf.subcommand(name)] for name, kind in COMMANDS.items()]
+        command = tyro.cli(
+            Union[tuple(kinds)],  # noqa: UP007
+            prog=SCRIPT,
+            description=__doc__,
+            args=arguments,
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
+        command.check()
+        if isinstance(command, Common):
+            device_of(command)
+    except ValueError as error:
+        print(f"{SCRIPT}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    return command
+
+
+def device_of(command: Common) -> str:
+    is_there = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if command.device == "auto":
+        return next(name for name, found in is_there.items() if found)
+    if not is_there[command.device]:
+        raise ValueError(f"--device {command.device}: torch finds none on this machine")
+    return command.device
+
+
+def folder_of(out: Path) -> Path:
+    return Path(out).resolve() / "stage2"
+
+
+@contextmanager
+def claimed(folder: Path):
+    """Make the folder and keep other jobs out until the block ends; DataError if one is there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0):
+            yield
+    except Timeout:
+        advice = "wait for its end, or name another folder by --out"
+        raise DataError(f"another job is at work in {folder}: {advice}") from None
+
+
+def run_experiments(command: RunCommand) -> None:
+    """Train what is not finished yet, save each run as it ends, draw, print the result."""
+    device = device_of(command)
+    out = command.out or (tempfile.mkdtemp() if command.smoke else HERE / "figures")
+    folder = folder_of(out)
+    experiments = command.experiments
+    runs = runs_of(experiments, 1 if command.smoke else command.seeds, command.smoke)
+    with claimed(folder):
+        metrics.drop_rows_of_no_run(folder)
+        if command.fresh:
+            metrics.remove_runs(folder, experiments)
+        todo, n_outdated = unfinished(runs, folder)
+        workers = 1 if command.smoke else command.workers or default_workers(device)
+        workers = min(workers, max(1, len(todo)))
+        where = f"Dask's workers at {command.dask}" if command.dask else f"{workers} worker(s)"
+        print(f"stage 2 on {device_name(device)}, {where} of 1 thread, results in {folder}")
+        n_found = len(runs) - len(todo)
+        print(f"{n_found} of {len(runs)} runs found there, {len(todo)} to do", flush=True)
+        if n_outdated:
+            print(f"{n_outdated} were made with other settings: trained again and replaced")
+        if todo:
+            data = load_data(command.data_dir, command.download)
+            if command.smoke:
+                first = Split(data.train.images[:1000], data.train.labels[:1000])
+                data = Data(first, every_20th(data.val), every_20th(data.test))
+            train_and_save(todo, data, device, workers, command.dask, folder)
+        print("drawing …", flush=True)
+        draw_all(folder)
+    print_result(folder, experiments)
+
+
+def unfinished(runs: list[Run], folder: Path) -> tuple[list[Run], int]:
+    """The runs that the folder does not hold, and how many of them it holds with another Config."""
+    rows = metrics.load_rows(folder / "runs.csv", as_text=True).to_dict("records")
+    found = {(row["experiment"], row["value"], row["seed"]): row for row in rows}
+    todo = []
+    n_outdated = 0
+    for run in runs:
+        row = found.get((run.experiment, run.value, str(run.config.seed)))
+        columns = config_columns(run.config)
+        if row is None:
+            todo.append(run)
+        elif any(row.get(name) != text for name, text in columns.items()):
+            todo.append(run)
+            n_outdated += 1
+    return todo, n_outdated
+
+
+def every_20th(split: Split) -> Split:
+    return Split(split.images[::20], split.labels[::20])
+
+
+def default_workers(device: str) -> int:
+    return torch.cuda.device_count() if device == "cuda" else joblib.cpu_count()
+
+
+def device_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{device} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def origin_of_rows(device: str) -> dict:
+    """What a row says of where it comes from: commit, version, machine."""
+    try:
+        git = partial(subprocess.run, cwd=HERE, capture_output=True, text=True, check=True)
+        commit = git(["git", "rev-parse", "--short", "HEAD"]).stdout.strip()
+        if git(["git", "status", "--porcelain", "--", Path(__file__).name, "metrics.py"]).stdout:
+            commit += "-dirty"
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    return {"commit": commit, "torch": torch.__version__, "device": device_name(device)}
+
+
+def train_and_save(
+    todo: list[Run], data: Data, device: str, workers: int, dask: str | None, folder: Path
+) -> None:
+    """Train the runs, the longest first so that no worker waits for one; save each as it ends."""
+    todo = sorted(todo, key=cost, reverse=True)
+    is_terminal = sys.stderr.isatty()
+    with (
+        tqdm(total=len(todo), unit="run", disable=not is_terminal) as bar,
+        closing(results_of(todo, data, device, workers, dask)) as results,
+    ):
+        for number, (tables, weights) in enumerate(results, 1):
+            row = tables["runs"][0]
+            if row["experiment"] in SELECTED and row["seed"] == 0:
+                config = next(run.config for run in todo if run.experiment == row["experiment"])
+                save_weights(folder / f"{row['experiment']}.pt", replace(config, seed=0), weights)
+            metrics.replace_rows(folder, tables, order_of_rows())
+            words = f"{row['experiment']} {row['value']}, seed {row['seed']}: {progress(row)}"
+            bar.set_postfix_str(words, refresh=False)
+            bar.update()
+            if not is_terminal:
+                seconds = f"{row['status']}, {row['seconds']:.0f} s"
+                print(f"[{number}/{len(todo)}] {words}, {seconds}", flush=True)
+
+
+def cost(run: Run) -> float:
+    """About how long a run takes: its steps, times the work of one."""
+    config = run.config
+    n_gates = {"gru": 3, "lstm": 4}.get(config.cell, 1)
+    n_states = (14 if config.reading == "two_rows" else 28) + config.padding
+    n_cells = config.n_layers * (2 if config.bidirectional else 1)
+    work_of_a_state = n_gates * config.n_hidden * (100 + config.n_hidden)
+    return config.n_steps * n_states * n_cells * work_of_a_state
+
+
+def order_of_rows() -> list[tuple[str, str]]:
+    return [(name, value) for name, values in EXPERIMENTS.items() for value in values]
+
+
+def results_of(
+    runs: list[Run], data: Data, device: str, workers: int, dask: str | None
+) -> Iterator[tuple[dict, dict]]:
+    """What `execute` gives for each run, as it ends: in this process, in workers, or on Dask's."""
+    arrays = tuple(tuple(part.numpy() for part in split) for split in data)
+    origin = origin_of_rows(device)
+    jobs = []
+    for number, run in enumerate(runs):
+        gpu = f"cuda:{number % torch.cuda.device_count()}" if device == "cuda" else device
+        read_test = run.experiment in SELECTED
+        jobs.append(joblib.delayed(execute)(run, arrays, gpu, origin, read_test))
+    if dask is not None:
+        from dask.distributed import Client  # pip install "dask[distributed]"
+
+        with Client(dask) as client:
+            client.upload_file(metrics.__file__)  # this file's functions travel by value
+            with joblib.parallel_config("dask"):
+                yield from joblib.Parallel(return_as="generator_unordered", batch_size=1)(jobs)
+    elif workers == 1:
+        for function, args, kwargs in jobs:
+            yield function(*args, **kwargs)
+    else:
+        # mmap_mode "c": the workers share the images' memory, and torch takes it as writable
+        options = {"return_as": "generator_unordered", "batch_size": 1, "mmap_mode": "c"}
+        options |= {"initializer": end_with_parent, "initargs": (os.getpid(),)}
+        try:
+            yield from joblib.Parallel(workers, **options)(jobs)
+        finally:  # also when it is stopped: leave no worker and no mapped file behind
+            get_reusable_executor().shutdown(kill_workers=True)
+
+
+def end_with_parent(parent: int) -> None:
+    """In a worker: end it once its parent is gone, so that a killed job leaves none behind."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def print_result(folder: Path, experiments: list[str]) -> None:
+    """At most ten lines: the selected models' test scores, and each sweep's lowest and highest."""
+    runs = metrics.load_rows(folder / "runs.csv")
+    lines = []
+    for name in experiments:
+        rows = runs[runs["experiment"] == name]
+        if name in SELECTED:
+            scores = metrics.summarise(100 * rows["test_accuracy"])
+            lines.append(f"{name}: test accuracy {scores} % (n = {scores.n})")
+        elif name != "faults":
+            means = 100 * rows.groupby("value", sort=False)["val_accuracy"].mean()
+            low = f"{means.min():.2f} % ({means.idxmin()})"
+            high = f"{means.max():.2f} % ({means.idxmax()})"
+            lines.append(f"{name}: validation accuracy from {low} to {high}")
+    if len(lines) > 9:
+        lines = [*lines[:8], f"and {len(lines) - 8} more experiments"]
+    print("\n".join([*lines, f"tables and pictures: {folder / 'summary.md'}"]))
+
+
+def train_one(command: TrainCommand) -> None:
+    """Train the user's network, save its rows named by what was changed, print its scores."""
+    device = device_of(command)
+    config = command.config
+    name = name_of_changes(config)
+    run = Run(name, name, config)
+    folder = folder_of(command.out or HERE / "out")
+    with claimed(folder):
+        metrics.drop_rows_of_no_run(folder)
+        print(f"stage 2 on {device_name(device)}: 1 thread, results in {folder}")
+        print(f"{name}: {config}", flush=True)
+        data = load_data(command.data_dir, command.download)
+        arrays = tuple(tuple(part.numpy() for part in split) for split in data)
+        is_terminal = sys.stderr.isatty()
+        with tqdm(total=config.n_steps, unit="step", disable=not is_terminal) as bar:
+
+            def on_row(row: dict) -> None:
+                bar.set_postfix_str(progress(row), refresh=False)
+                bar.update(row["step"] - bar.n)
+                if not is_terminal:
+                    print(
+                        f"step {row['step']:,} of {config.n_steps:,}: {progress(row)}", flush=True
+                    )
+
+            origin = origin_of_rows(device)
+            tables, weights = execute(run, arrays, device, origin, command.test, on_row)
+        if command.save is not None:
+            save_weights(command.save, config, weights)
+        metrics.replace_rows(folder, tables, order_of_rows())
+        curves = folder / f"curves_{name.replace(', ', '_').replace(' ', '-')[:100]}.png"
+        metrics.draw_curves(curves, pd.DataFrame(tables["history"]), f"Fashion-MNIST, {name}")
+        draw_all(folder)
+    row = tables["runs"][0]
+    for part, images in (("val", "validation images"), ("test", "test images, because of --test")):
+        if f"{part}_loss" in row:
+            numbers = [
+                f"{s.replace('_', ' ')} {100 * row[f'{part}_{s}']:.2f} %" for s in SCORES[1:]
+            ]
+            print(f"{images}: {', '.join(numbers)}, loss {row[f'{part}_loss']:.4f}")
+    print(f"{row['status']}; tables in {folder / 'summary.md'}, curves in {curves}")
+
+
+def name_of_changes(config: Config) -> str:
+    """What differs from the defaults, as "n hidden 64, lr 0.01"; the seed is named by itself."""
+    words = []
+    for name, text in config_columns(config).items():
+        if text != config_columns(BASE)[name]:
+            words.append(f"{name.replace('_', ' ')} {text.replace(' ', '-') or 'none'}")
+    return ", ".join(words) or "defaults"
+
+
+# -------- predict: images of one's own ------------------------------------------------------------
+
+
+def read_garment(path: Path) -> np.ndarray:
+    """An image file made into what Fashion-MNIST's are: (28, 28) float32 of 0 … 1, light on black.
+
+    As the set was made (Xiao 2017, section 2): the empty margin is cut off, the longest edge made
+    28 pixels, the garment put in the middle, and a light background inverted. What differs little
+    from the background is taken for background. ValueError if the file is no image or nothing
+    stands out in it.
+    """
+    grey = read_grey(path)
+    border = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
+    background = np.median(border)
+    if background > (grey.min() + grey.max()) / 2:  # a garment on white
+        grey = 1 - grey
+        background = 1 - background
+    garment = (grey - background).clip(0)
+    if garment.max() < 0.1:
+        raise ValueError(f"{path}: no garment to be seen, the image is nearly even")
+    garment = garment / garment.max()
+    is_garment = garment > 0.05
+    pieces, n_pieces = ndimage.label(is_garment, np.ones((3, 3)))
+    sizes = ndimage.sum_labels(is_garment, pieces, range(1, n_pieces + 1))
+    is_garment = np.isin(pieces, 1 + np.flatnonzero(sizes > 0.02 * sizes.max()))  # no specks
+    rows = np.flatnonzero(is_garment.any(1))
+    columns = np.flatnonzero(is_garment.any(0))
+    garment = garment[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+
+    height, width = (max(1, round(28 * side / max(garment.shape))) for side in garment.shape)
+    shrunk = Image.fromarray(garment.astype(np.float32)).resize(
+        (width, height), Image.Resampling.BOX
+    )
+    top = (28 - height) // 2
+    left = (28 - width) // 2
+    image = np.zeros((28, 28), np.float32)
+    image[top : top + height, left : left + width] = np.asarray(shrunk)
+    return image
+
+
+def read_grey(path: Path) -> np.ndarray:
+    """An image file of any size and mode as grey values 0 … 1, (H, W) of at most 400 pixels."""
+    try:
+        with Image.open(path) as opened:
+            picture = ImageOps.exif_transpose(opened)
+            if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):  # more than 8 bits
+                grey = np.asarray(picture, dtype=np.float32)
+            else:
+                layers = np.asarray(picture.convert("RGBA"), dtype=np.float32)
+                grey = layers[..., :3] @ np.array([0.299, 0.587, 0.114], np.float32)
+                opacity = layers[..., 3] / 255
+                ink = (grey * opacity).sum() / max(opacity.sum(), 1)
+                paper = 255.0 if ink < 128 else 0.0  # what shows the ink where it is transparent
+                grey = grey * opacity + paper * (1 - opacity)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: there is no such file") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: not an image that can be read ({error})") from None
+    white = 255.0 if grey.max() <= 255 else grey.max()
+    shrunk = Image.fromarray((grey / white).astype(np.float32))
+    shrunk.thumbnail((400, 400), Image.Resampling.BOX)
+    return np.asarray(shrunk)
+
+
+def save_weights(path: Path, config: Config, weights: dict[str, Tensor]) -> None:
+    """Weights and Config in one file, which `load_weights` reads."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with metrics.written_aside(path) as aside, open(aside, "wb") as file:
+        torch.save({"config": asdict(config), "weights": weights}, file)
+
+
+def load_weights(path: Path) -> tuple[RecurrentClassifier, Config]:
+    """Network and Config of a file of `save_weights`; ValueError says what is wrong with it."""
+    try:
+        saved = torch.load(path, weights_only=True, map_location="cpu")
+        config = Config(**saved["config"])
+        model = build(config)
+        model.load_state_dict(saved["weights"])
+    except FileNotFoundError:
+        raise ValueError(f"{path}: there is no such file; train --save writes one") from None
+    except Exception as error:  # a damaged file makes torch.load raise nearly anything
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path}: not weights of this stage ({reason})") from None
+    return model.eval(), config
+
+
+def predict(command: PredictCommand) -> int:
+    """A line for each image with the two likeliest classes; 1 if one of them could not be read."""
+    model, config = load_weights(command.weights)
+    seen = []
+    for path in command.images:
+        try:
+            image = read_garment(path)
+        except ValueError as error:
+            print(f"{SCRIPT}: {error}", file=sys.stderr)
+            continue
+        mean, std = SCALES[config.normalise]
+        pixels = (torch.from_numpy(image) - mean) / std  # (28, 28)
+        shares, classes = logits_of(model, pixels[None], config).softmax(1)[0].topk(2)
+        answers = [f"{CLASSES[c]} {100 * p:.1f} %" for p, c in zip(shares, classes, strict=True)]
+        print(f"{path}: {', '.join(answers)}")
+        seen.append((f"{path.name[-18:]}\n{answers[0]}", image))
+    if command.save_picture is not None and seen:
+        n_columns = min(len(seen), 8)
+        n_rows = math.ceil(len(seen) / n_columns)
+        size = {"width": 1.7 * n_columns + 1, "height": 2.2 * n_rows + 0.6, "squeeze": False}
+        title = "What the network saw"
+        with metrics.picture(command.save_picture, title, n_rows, n_columns, **size) as panels:
+            for axes in panels.flat:
+                axes.axis("off")
+            for axes, (label, image) in zip(panels.flat, seen, strict=False):
+                axes.imshow(image, cmap="gray", vmin=0, vmax=1)
+                axes.set_title(label, fontsize=10)
+    return 0 if len(seen) == len(command.images) else 1
+
+
+# -------- benchmark -------------------------------------------------------------------------------
+
+
+def benchmark(command: BenchmarkCommand) -> None:
+    """Times taken in turn, saved to benchmark.csv, drawn, printed as ratios (lower is better)."""
+    device = device_of(command)
+    folder = folder_of(command.out or (tempfile.mkdtemp() if command.smoke else HERE / "figures"))
+    with claimed(folder):
+        print(f"benchmark of stage 2 on {device_name(device)}, results in {folder}", flush=True)
+        data = load_data(command.data_dir, command.download)
+        images = data.train.images[:512].to(device)
+        labels = data.train.labels[:512].to(device)
+        origin = origin_of_rows(device) | {"threads": torch.get_num_threads()}
+        rows = []
+        for repeat in range(1 if command.smoke else 3):
+            for cell in ("rnn", "gru", "lstm"):
+                for H, B in itertools.product((64, 128, 256), (128, 512)):
+                    n_steps = 1 if command.smoke else 10
+                    ours, theirs = time_steps(cell, H, images[:B], labels[:B], n_steps)
+                    row = {"experiment": "benchmark", "repeat": repeat, "cell": cell.upper()}
+                    row |= {"size": f"{H}, {B}", "ours_ms": ours, "torch_ms": theirs}
+                    rows.append(row | {"ratio": ours / theirs} | origin)
+                    print(f"{ours / theirs:.2f}  {cell.upper()}, {H} units, batch {B}", flush=True)
+        metrics.replace_rows(folder, {"benchmark": rows}, [])
+        draw_side_tables(folder)
+        if (folder / "runs.csv").exists():
+            draw_all(folder)
+    print(f"table and picture: {folder / 'benchmark.png'}")
+
+
+def time_steps(
+    cell: str, H: int, images: Tensor, labels: Tensor, n_steps: int
+) -> tuple[float, float]:
+    """Milliseconds of a training step of ours and of torch's module, medians of five turns each."""
+    from torch.utils.benchmark import Timer
+
+    class Theirs(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.recurrent = getattr(nn, cell.upper())(28, H, batch_first=True)
+            self.out = nn.Linear(H, len(CLASSES))
+
+        def forward(self, x: Tensor) -> Tensor:
+            outputs, _ = self.recurrent(x)
+            return self.out(outputs[:, -1])
+
+    def train_steps(model: nn.Module) -> None:
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        for _ in range(n_steps):
+            loss = F.cross_entropy(model(images), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        loss.item()  # wait for the device
+
+    threads = torch.get_num_threads()
+    models = [RecurrentClassifier(cell, 28, H), Theirs()]
+    milliseconds = [[], []]
+    for _ in range(6):
+        for model, times in zip(models, milliseconds, strict=True):
+            work = partial(train_steps, model.to(images.device))
+            timer = Timer("work()", globals={"work": work}, num_threads=threads)
+            times.append(1000 * timer.timeit(1).mean / n_steps)
+    ours, theirs = (float(np.median(times[1:])) for times in milliseconds)  # 0: warm-up
+    return ours, theirs
 
 
 if __name__ == "__main__":
