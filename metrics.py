@@ -32,6 +32,7 @@ import pandas as pd
 import seaborn as sns
 import torch
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from scipy import stats
@@ -251,10 +252,11 @@ def cell_text(value) -> str:
 
 def names_of(rows: pd.DataFrame) -> pd.Series:
     """The run that each row belongs to, or its experiment where rows are of no run, as one text."""
-    columns = [column for column in RUN if column in rows]
-    if rows.empty:
-        return pd.Series(dtype=str)
-    return rows[columns].astype(str).agg("\t".join, axis=1)
+    names = rows["experiment"].astype(str)
+    for column in RUN[1:]:
+        if column in rows:
+            names = names + "\t" + rows[column].astype(str)
+    return names
 
 
 def replace_rows(folder: Path, tables: dict[str, list[dict]], order: list[tuple]) -> None:
@@ -405,13 +407,13 @@ def picture(path: Path, title: str, n_rows=1, n_columns=1, width=11.0, height=4.
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)
-        figure = Figure(figsize=(width, height))
+        figure = Figure(figsize=(width, height), dpi=120)
         figure.suptitle(title, fontsize=15)
         yield figure.subplots(n_rows, n_columns, **subplots)
         path.parent.mkdir(parents=True, exist_ok=True)
         with written_aside(path) as aside, open(aside, "wb") as file, warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph")  # a name in Chinese
-            figure.savefig(file, dpi=120, format="png")
+            FigureCanvasAgg(figure).print_png(file)  # savefig would lay it out and draw it twice
 
 
 def colors_of(values: list, ordered: bool) -> dict:
@@ -456,7 +458,8 @@ def draw_line(axes: Axes, rows: pd.DataFrame, x: str, y: str, **style) -> None:
     """seaborn's line of the mean of y over x with its band; what is not finite is left out."""
     finite = rows[np.isfinite(rows[y])]
     if len(finite):
-        sns.lineplot(finite, x=x, y=y, ax=axes, legend=False, **style)
+        estimator = "mean" if finite[x].duplicated().any() else None  # of one seed, no mean
+        sns.lineplot(finite, x=x, y=y, ax=axes, estimator=estimator, legend=False, **style)
 
 
 def draw_curves(path: Path, history: pd.DataFrame, title: str) -> None:

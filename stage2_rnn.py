@@ -43,7 +43,6 @@ from typing import Annotated, Literal, NamedTuple, Union, get_args, get_origin
 import joblib
 import numpy as np
 import pandas as pd
-import seaborn as sns
 import torch
 import tyro
 from filelock import FileLock, Timeout
@@ -238,7 +237,7 @@ def read_part(folder: Path, name: str) -> np.ndarray:
 
 
 def load_data(data_dir: Path = HERE / "data", download: bool = False) -> Data:
-    """Fashion-MNIST whole: 55,000 / 5,000 / 10,000 images, normalised; DataError if a file is wrong.
+    """Fashion-MNIST whole: 55,000 / 5,000 / 10,000 images, normalised; DataError names a bad file.
 
     The validation images are stratified, of every class a twelfth, and always the same.
     """
@@ -1237,7 +1236,7 @@ def draw_all(folder: Path) -> None:
             colorbar="validation accuracy (%)",
         )
     if "memory" in by_experiment:
-        draw_memory(folder / "memory.png", by_experiment["memory"])
+        draw_memory(folder / "sweep_memory.png", by_experiment["memory"])
     draw_side_tables(folder)
     write_summary(folder, runs)
 
@@ -1326,16 +1325,13 @@ def draw_benchmark(path: Path, rows: pd.DataFrame) -> None:
     """A bar for every cell and size: our training step's time over that of torch's module."""
     title = "A training step of ours / of torch's own module (range of the repeats)"
     with metrics.picture(path, title, width=12, height=5) as axes:
-        sns.barplot(
-            rows,
-            x="size",
-            y="ratio",
-            hue="cell",
-            palette=metrics.COLORS[:3],
-            errorbar=("pi", 100),
-            capsize=0.2,
-            ax=axes,
-        )
+        for i, (cell, found) in enumerate(rows.groupby("cell", sort=False)):
+            ratios = found.groupby("size", sort=False)["ratio"].agg(["mean", "min", "max"])
+            place = np.arange(len(ratios)) + 0.27 * (i - 1)
+            spread = [ratios["mean"] - ratios["min"], ratios["max"] - ratios["mean"]]
+            style = {"color": metrics.COLORS[i], "label": cell, "capsize": 4}
+            axes.bar(place, ratios["mean"], 0.25, yerr=spread, **style)
+        axes.set_xticks(range(len(ratios)), ratios.index)
         axes.axhline(1, color="black", linestyle="--")
         axes.set(xlabel="hidden units, batch size", ylabel="time ratio: lower is better")
         metrics.legend_beside(axes)
@@ -1385,8 +1381,8 @@ def write_summary(folder: Path, runs: pd.DataFrame) -> None:
             note = f"**Validation images** {duration_of(rows)}"
             varied = SWEEPS[name][1] if name in SWEEPS else "value"
             table = metrics.score_table(rows, "val_", "value", varied)
-            picture = "memory.png" if name == "memory" else f"sweep_{name}.png"
-            sections[f"Sweep: {name.replace('_', ' ')}"] = [note, table, f"![{name}]({picture})"]
+            picture = f"![{name}](sweep_{name}.png)"
+            sections[f"Sweep: {name.replace('_', ' ')}"] = [note, table, picture]
     faults = metrics.load_rows(folder / "faults.csv")
     if len(faults):
         symptoms = {name: fault.symptom for name, fault in FAULTS.items()}
@@ -1395,6 +1391,11 @@ def write_summary(folder: Path, runs: pd.DataFrame) -> None:
     if (folder / "gradients.csv").exists():
         note = "Of the runs of `memory` without empty steps, before and after their 300 steps."
         sections["Gradients through time"] = [note, "![gradients](state_gradients.png)"]
+    if (folder / "reading.csv").exists():
+        names = metrics.load_rows(folder / "reading.csv")["experiment"].unique()
+        note = "The probability of every class after every step, on the first eight test images."
+        pictures = " ".join(f"![{name}](reading_{name}.png)" for name in names)
+        sections["Reading step by step"] = [note, pictures]
     own = runs[~runs["experiment"].isin(EXPERIMENTS)]
     if len(own):
         table = metrics.score_table(own, "val_", "experiment", "network")
@@ -1980,14 +1981,15 @@ def benchmark(command: BenchmarkCommand) -> None:
         images = data.train.images[:512].to(device)
         labels = data.train.labels[:512].to(device)
         origin = origin_of_rows(device) | {"threads": torch.get_num_threads()}
+        sizes = list(itertools.product((64, 128, 256), (128, 512)))  # units, batch
         rows = []
         for repeat in range(1 if command.smoke else 3):
             for cell in ("rnn", "gru", "lstm"):
-                for H, B in itertools.product((64, 128, 256), (128, 512)):
+                for H, B in [(64, 128)] if command.smoke else sizes:
                     n_steps = 1 if command.smoke else 10
                     ours, theirs = time_steps(cell, H, images[:B], labels[:B], n_steps)
                     row = {"experiment": "benchmark", "repeat": repeat, "cell": cell.upper()}
-                    row |= {"size": f"{H}, {B}", "ours_ms": ours, "torch_ms": theirs}
+                    row |= {"size": f"{H}, {B}", "first": ours, "second": theirs, "unit": "ms"}
                     rows.append(row | {"ratio": ours / theirs} | origin)
                     print(f"{ours / theirs:.2f}  {cell.upper()}, {H} units, batch {B}", flush=True)
         metrics.replace_rows(folder, {"benchmark": rows}, [])

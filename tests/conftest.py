@@ -4,10 +4,18 @@ import csv
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+
+def pytest_collection_modifyitems(items):
+    """Of pytest-xdist's workers one takes a file whole, and of test_bundle.py a stage."""
+    for item in items:
+        stage = item.callspec.params.get("stage", "") if hasattr(item, "callspec") else ""
+        item.add_marker(pytest.mark.xdist_group(f"{item.path.name} {stage}"))
 
 
 def read(path: Path) -> list[dict]:
