@@ -29,6 +29,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -1447,6 +1448,8 @@ def results_of(
         # mmap_mode "c": the workers share the images' memory, and torch takes it as writable
         options = {"return_as": "generator_unordered", "batch_size": 1, "mmap_mode": "c"}
         options |= {"initializer": end_with_parent, "initargs": (os.getpid(),)}
+        # loky replaces a worker that has grown by 300 MB between two runs, and loses nothing by it
+        warnings.filterwarnings("ignore", "A worker stopped while some jobs")
         try:
             yield from joblib.Parallel(workers, **options)(jobs)
         finally:  # also when it is stopped: leave no worker and no mapped file behind
