@@ -91,7 +91,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import tyro
-from matplotlib.figure import Figure
 from scipy.optimize import linear_sum_assignment
 from sklearn import datasets
 from sklearn.cluster import KMeans
@@ -99,6 +98,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import r2_score
 from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import PolynomialFeatures
+
+import metrics
 
 FIGURES = Path(__file__).resolve().parent.parent / "figures" / "interview"
 TOLERANCE = 1e-12  # lasso stops when a sweep moves no prediction by more than this share of y's std
@@ -534,6 +535,9 @@ def cancer_problem() -> Problem:
     return Problem(name, train, loss, score, solution, len(X), (0.03, 0.3, 0.5))
 
 
+LOSS = "loss_above_least_percent"
+
+
 def sgd_rows(problem: Problem, n_seeds: int) -> list[dict]:
     """A row for each batch size, number of epochs and seed."""
     rows = []
@@ -551,7 +555,7 @@ def sgd_rows(problem: Problem, n_seeds: int) -> list[dict]:
                     "epochs": epochs,
                     "seed": seed,
                     "loss": problem.loss(w, b),
-                    "loss_above_least_percent": 100 * (problem.loss(w, b) / least - 1),
+                    LOSS: 100 * (problem.loss(w, b) / least - 1),
                     "largest_weight_error": np.abs(w - problem.solution[0]).max(),
                     "held_out_score": problem.score(w, b),
                     "held_out_score_of_solution": problem.score(*problem.solution),
@@ -562,29 +566,23 @@ def sgd_rows(problem: Problem, n_seeds: int) -> list[dict]:
 
 def draw_sgd(table: pd.DataFrame, path: Path) -> None:
     """How far the loss is above its least value after so many epochs, by batch size."""
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    axes = figure.subplots(1, 2, sharex=True, sharey=True)
-    for ax, (name, rows) in zip(axes, table.groupby("problem", sort=False), strict=True):
-        runs = list(rows.groupby("batch_size"))
-        for (_, run), words in zip(
-            runs, ("batch of 1 row", "batch of 16", "batch of all"), strict=True
-        ):
-            over_seeds = run.groupby("epochs")["loss_above_least_percent"]
-            label = f"{words}, learning rate {run['lr'].iloc[0]:g}"
-            (line,) = ax.plot(over_seeds.mean(), marker="o", markersize=3, label=label)
-            color = line.get_color()
-            ax.fill_between(
-                over_seeds.min().index, over_seeds.min(), over_seeds.max(), color=color, alpha=0.2
-            )
-        ax.set(title=name, xscale="log", yscale="log", ylim=(1e-6, 1e3), xlabel="epochs")
-        ax.set_xticks([1, 10, 100, 1000, 10_000], ["1", "10", "100", "1,000", "10,000"])
-        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), frameon=False)
-    axes[0].set_ylabel("loss above its least value, %")
-    figure.suptitle(
-        "A step on one row gets near in the fewest epochs, and then stays in a cloud;\n"
-        "a step on all rows is slow, and gets there (line: mean of 3 seeds, band: all three)"
-    )
-    figure.savefig(path, dpi=200)
+    title = "How near do batches of 1, of 16 and of all rows come to the least loss?"
+    spread = metrics.bands_of(table)
+    size = {"n_columns": 2, "height": 5.6, "sharex": True, "sharey": True}
+    names = ("batch of 1 row", "batch of 16", "batch of all")
+    with metrics.picture(path, f"{title}\n{spread}", **size) as panels:
+        for axes, (problem, rows) in zip(panels, table.groupby("problem", sort=False), strict=True):
+            by_size = rows.groupby("batch_size")
+            for color, name, (_, run) in zip(metrics.COLORS, names, by_size, strict=False):
+                label = f"{name}, learning rate {run['lr'].iloc[0]:g}"
+                style = {"errorbar": ("pi", 100), "marker": "o", "markersize": 4}
+                metrics.draw_line(axes, run, "epochs", LOSS, color=color, label=label, **style)
+            axes.set(title=problem, xscale="log", yscale="log", ylim=(1e-6, 1e3), xlabel="epochs")
+            axes.set_xticks([1, 10, 100, 1000, 10_000], ["1", "10", "100", "1,000", "10,000"])
+            axes.set_yticks([1e-6, 1e-4, 0.01, 1, 100], ["0.000001", "0.0001", "0.01", "1", "100"])
+            axes.minorticks_off()
+            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17))
+        panels[0].set_ylabel("loss above its least value (%)")
 
 
 def show_sgd(out: Path) -> None:
@@ -599,7 +597,7 @@ def show_sgd(out: Path) -> None:
     rows_of = ["problem", "batch_size", "lr"]
     last = table[table["epochs"] == table.groupby(rows_of)["epochs"].transform("max")]
     measured = {
-        "loss_above_least_percent": "loss",
+        LOSS: "loss",
         "held_out_score": "score",
         "held_out_score_of_solution": "exact",
     }
@@ -649,26 +647,28 @@ def path_rows(n_alphas: int) -> list[dict]:
 
 def draw_paths(table: pd.DataFrame, path: Path) -> None:
     """Weights over alpha, lasso beside ridge; below them how many weights are not 0."""
-    titles = {"lasso": "Lasso (L1)", "ridge": "Ridge (L2)"}
-    figure = Figure(figsize=(8, 5.4), layout="constrained")
-    axes = figure.subplots(2, 2, sharex="col", sharey="row", height_ratios=(3, 1))
-    for column, (method, rows) in enumerate(table.groupby("method", sort=False)):
-        top, bottom = axes[:, column]
-        for number, feature in enumerate(DIABETES_FEATURES):
-            one = rows[rows["feature"] == feature]
-            style = "-" if number < 5 else "--"
-            top.plot(one["alpha"], one["weight"], style, color=f"C{number % 5}", label=feature)
-        top.axhline(0, color="black", linewidth=0.8)
-        top.set(title=titles[method], xscale="log")
-        n_used = rows.groupby("alpha")["weight"].agg(np.count_nonzero)
-        bottom.step(n_used.index, n_used, where="mid", color="black")
-        bottom.set(xlabel="alpha (stronger penalty →)", ylim=(-0.5, 11), yticks=(0, 5, 10))
-    axes[0, 0].set_ylabel("weight (disease score per std)")
-    axes[1, 0].set_ylabel("weights ≠ 0")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
-    figure.suptitle("L1 sets one weight after the other to exactly 0; L2 shrinks all, none to 0")
-    figure.savefig(path, dpi=200)
+    titles = {"lasso": "lasso (L1)", "ridge": "ridge (L2)"}
+    colors = metrics.colors_of(DIABETES_FEATURES[:5], ordered=False)
+    title = "What does a penalty do to the weights? Diabetes, ten features, 442 patients"
+    size = {"n_rows": 2, "n_columns": 2, "height": 7.5, "sharex": "col", "sharey": "row"}
+    with metrics.picture(path, title, height_ratios=(3, 1), **size) as panels:
+        for column, (method, rows) in enumerate(table.groupby("method", sort=False)):
+            top, bottom = panels[:, column]
+            for number, feature in enumerate(DIABETES_FEATURES):
+                one = rows[rows["feature"] == feature]
+                color = colors[DIABETES_FEATURES[number % 5]]
+                style = "-" if number < 5 else "--"
+                top.plot(one["alpha"], one["weight"], style, color=color, label=feature)
+            top.set(title=titles[method])
+            n_used = rows.groupby("alpha")["weight"].agg(np.count_nonzero)
+            bottom.step(n_used.index, n_used, where="mid", color="black")
+            metrics.log_scale(bottom.xaxis, rows["alpha"])
+            bottom.xaxis.set_major_formatter("{x:,g}")
+            bottom.set(xlabel="alpha (stronger penalty →)", ylim=(-0.5, 11), yticks=(0, 5, 10))
+        panels[0, 0].set_ylabel("weight (disease score per std)")
+        panels[1, 0].set_ylabel("weights ≠ 0")
+        lines, names = top.get_legend_handles_labels()
+        top.figure.legend(lines, names, loc="outside lower center", ncols=4)
 
 
 def ridge_of_loss(X, y, loss: float) -> np.ndarray:
@@ -694,16 +694,18 @@ def draw_ball(ax, X, y, w, corners: np.ndarray, title: str) -> None:
     touching = squared_error(X, y, w, b)
     levels = least + (touching - least) * np.array([0.25, 0.55, 1.0, 1.6, 2.4])
     ax.contour(first, second, loss, levels, colors="grey", linewidths=(1, 1, 2, 1, 1))
-    ax.fill(*corners.T, color="C0", alpha=0.3)
+    ax.fill(*corners.T, color=metrics.COLORS[0], alpha=0.3)
     ax.plot(*best, "k+", markersize=10)
     ax.annotate("least\nloss", best, (0, 6), textcoords="offset points", ha="center")
-    ax.plot(*w, "o", color="C3")
+    ax.plot(*w, "o", color=metrics.COLORS[1])
     label = ax.annotate(f"({w[0]:.0f}, {w[1]:.0f})", w, (7, -14), textcoords="offset points")
-    label.set(color="C3", bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
+    label.set(color=metrics.COLORS[1], bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
     ax.axhline(0, color="black", linewidth=0.8)
     ax.axvline(0, color="black", linewidth=0.8)
-    ax.set(title=title, aspect="equal", xlabel="weight of body mass index")
-    ax.set_ylabel("weight of blood pressure")
+    ax.grid(False)
+    ax.set(title=title, aspect="equal", xticks=range(-20, 61, 20), yticks=range(-20, 41, 20))
+    ax.set_xlabel("weight of body mass index\n(disease score per std)")
+    ax.set_ylabel("weight of blood pressure\n(disease score per std)")
 
 
 def draw_balls(path: Path, alpha: float = 27.0) -> None:
@@ -712,26 +714,24 @@ def draw_balls(path: Path, alpha: float = 27.0) -> None:
     X = X[:, [2, 3]]  # body mass index, blood pressure
     sparse, b = lasso(X, y, alpha)
     smooth = ridge_of_loss(X, y, squared_error(X, y, sparse, b))
-    figure = Figure(figsize=(8, 4.2), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
     diamond = np.abs(sparse).sum() * np.array([(1, 0), (0, 1), (-1, 0), (0, -1)])
-    draw_ball(left, X, y, sparse, diamond, "L1: a corner touches,\none weight is 0")
     angles = np.linspace(0, 2 * np.pi, 200)
     circle = np.linalg.norm(smooth) * np.stack([np.cos(angles), np.sin(angles)], axis=1)
-    draw_ball(middle, X, y, smooth, circle, "L2: no corners,\nboth weights stay")
-    rho = np.linspace(-3, 3, 301)
-    right.plot(rho, rho, ":", color="grey", label="no penalty")
-    right.plot(rho, [soft_threshold(r, 1.0) for r in rho], label="L1: less by 1, else 0")
-    right.plot(rho, rho / 2, label="L2: half")
-    right.set(title="One weight,\nalpha = 1", xlabel="weight without penalty")
-    right.set(ylabel="weight with penalty", aspect="equal")
-    handles, labels = right.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower right", ncols=3, frameon=False)
-    figure.suptitle(
-        "Why L1 is sparse and L2 smooth: the L1 ball has corners on the axes\n"
-        "(diabetes, two features; thick: the contour of the loss that both balls touch)"
-    )
-    figure.savefig(path, dpi=200)
+    title = "Why is L1 sparse and L2 smooth? Diabetes, two features"
+    explained = "thick: the contour of the loss that both balls touch"
+    size = {"n_columns": 3, "width": 12, "height": 5.2}
+    with metrics.picture(path, f"{title}\n({explained})", **size) as (left, middle, right):
+        draw_ball(left, X, y, sparse, diamond, "L1: the ball's corner")
+        draw_ball(middle, X, y, smooth, circle, "L2: a ball without corners")
+        rho = np.linspace(-3, 3, 301)
+        right.plot(rho, rho, ":", color="grey", label="no penalty")
+        lasso_weight = [soft_threshold(r, 1.0) for r in rho]
+        right.plot(rho, lasso_weight, color=metrics.COLORS[0], label="L1: less by 1, else 0")
+        right.plot(rho, rho / 2, color=metrics.COLORS[1], label="L2: half")
+        right.set(title="one weight, alpha = 1", xlabel="weight without penalty")
+        right.set(ylabel="weight with penalty", aspect="equal")
+        lines, names = right.get_legend_handles_labels()
+        right.figure.legend(lines, names, loc="outside lower right", ncols=3)
 
 
 def show_penalties(out: Path, n_alphas: int = 61) -> None:
@@ -763,21 +763,18 @@ def draw_centers(ours, theirs, digits, path: Path) -> None:
         "ours": (ours, ours_in_order),
         "scikit-learn": (theirs, alike[ours_in_order]),
     }
-    figure = Figure(figsize=(8, 2.8), layout="constrained")
-    axes = figure.subplots(2, 10)
-    for row, (name, ((centers, labels), order)) in zip(axes, rows.items(), strict=True):
-        for ax, j in zip(row, order, strict=True):
-            counts = np.bincount(digits.target[labels == j])
-            ax.imshow(centers[j].reshape(8, 8), cmap="gray_r", vmin=0, vmax=16)
-            ax.set(xticks=[], yticks=[])
-            ax.set_title(f"{counts.argmax()}: {counts.max() / counts.sum():.0%}", fontsize=9)
-        row[0].set_ylabel(name)
-    figure.suptitle(
-        "k-means finds most digits without labels, and nearly scikit-learn's centres\n"
-        "(above each centre: its commonest digit and that digit's share of the cluster)",
-        fontsize=11,
-    )
-    figure.savefig(path, dpi=200)
+    title = "Cluster centres that k-means finds in 1,797 digits, without their labels"
+    explained = "above: the cluster's commonest digit and its share of the cluster; seed 0"
+    size = {"n_rows": 2, "n_columns": 10, "width": 12, "height": 4.2}
+    with metrics.picture(path, f"{title}\n({explained})", **size) as panels:
+        for row, (name, ((centers, labels), order)) in zip(panels, rows.items(), strict=True):
+            for axes, j in zip(row, order, strict=True):
+                counts = np.bincount(digits.target[labels == j])
+                axes.imshow(centers[j].reshape(8, 8), cmap="gray_r", vmin=0, vmax=16)
+                axes.set(xticks=[], yticks=[])
+                axes.grid(False)
+                axes.set_title(f"{counts.argmax()}: {counts.max() / counts.sum():.0%}")
+            row[0].set_ylabel(name)
 
 
 def show_k_means(out: Path, n_seeds: int = 5) -> None:
@@ -878,16 +875,15 @@ def photograph_rows(seed: int) -> tuple[list[dict], dict[str, np.ndarray]]:
 def draw_photograph(pictures: dict[str, np.ndarray], rows: list[dict], path: Path) -> None:
     """What is seen, what both models make of it, and the truth."""
     score = {row["model"]: f": R² {row['held_out_r2']:.2f} on the hidden half" for row in rows}
-    figure = Figure(figsize=(8, 6), layout="constrained")
-    for ax, (name, picture) in zip(figure.subplots(2, 2).flat, pictures.items(), strict=True):
-        ax.imshow(picture, cmap="gray", vmin=-2.5, vmax=1.5)
-        ax.set_facecolor("tab:red")
-        ax.set(title=name + score.get(name, ""), xticks=[], yticks=[])
-    figure.suptitle(
-        "FM knows pairs it never saw: each pixel is a one-hot row and a one-hot column.\n"
-        "Linear adds one value for each; FM adds the products of 4 factors (red: hidden)"
-    )
-    figure.savefig(path, dpi=200)
+    title = "A photograph from half of its pixels: each is a one-hot row and a one-hot column"
+    explained = "linear: a value for each; FM: also the products of 4 factors; red: hidden"
+    size = {"n_rows": 2, "n_columns": 2, "width": 10, "height": 8}
+    with metrics.picture(path, f"{title}\n({explained})", **size) as panels:
+        for axes, (name, pixels) in zip(panels.flat, pictures.items(), strict=True):
+            axes.imshow(pixels, cmap="gray", vmin=-2.5, vmax=1.5)
+            axes.set_facecolor("tab:red")
+            axes.set(title=name + score.get(name, ""), xticks=[], yticks=[])
+            axes.grid(False)
 
 
 def show_factorization(out: Path) -> None:
@@ -912,6 +908,8 @@ def main(out: Path = FIGURES) -> None:
     Args:
         out: the folder that the tables and pictures go to.
     """
+    print("Classical algorithms (经典机器学习): SGD beside exact solutions, L1 and L2 penalties,")
+    print("k-means and factorisation machines on sets of scikit-learn's; about 3 minutes\n")
     out.mkdir(parents=True, exist_ok=True)
     with pd.option_context("display.width", 100, "display.max_columns", None):
         show_sgd(out)

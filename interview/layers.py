@@ -89,10 +89,9 @@ features. What needs squares or sums computes float16 and bfloat16 in float32, t
 """
 
 import copy
-import gzip
 import math
 import numbers
-import tempfile
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -100,11 +99,15 @@ from operator import itemgetter
 from pathlib import Path
 
 import pandas as pd
+import seaborn as sns
 import torch
 import tyro
-from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from torch import Tensor, nn
-from torchvision.datasets.mnist import read_sn3_pascalvincent_tensor
+
+import metrics
+import stage1_mlp
+from stage1_mlp import Split
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -569,7 +572,6 @@ REMARKS = [
     "dips below 0",
     "dips below 0",
 ]
-VALUE_COLOUR, SLOPE_COLOUR = "#0072B2", "#D55E00"
 
 
 def value_and_slope(function: Callable, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -592,23 +594,20 @@ def activation_table() -> pd.DataFrame:
 
 def draw_activations(path: Path) -> None:
     """A panel for each function: its value and its slope, all on the same axes."""
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    figure.suptitle("Only sigmoid and tanh lose their slope on both sides")
-    panels = figure.subplots(2, 3, sharex=True, sharey=True)
     x = torch.linspace(-5, 5, 1001)
-    for axes, name, remark in zip(panels.flat, ACTIVATIONS, REMARKS, strict=True):
-        y, slope = value_and_slope(ACTIVATIONS[name], x)
-        axes.axhline(0, color="0.8", linewidth=1)
-        axes.axvline(0, color="0.8", linewidth=1)
-        (value_line,) = axes.plot(x, y, color=VALUE_COLOUR, linewidth=2)
-        (slope_line,) = axes.plot(x, slope, color=SLOPE_COLOUR, linewidth=2, linestyle="--")
-        axes.set_title(f"{name}: {remark}", fontsize=11)
-        axes.set_ylim(-1.2, 3.2)
-    for axes in panels[1]:
-        axes.set_xlabel("x")
-    lines = [value_line, slope_line]
-    figure.legend(lines, ["value f(x)", "slope f′(x)"], loc="outside lower center", ncols=2)
-    figure.savefig(path, dpi=150)
+    size = {"n_rows": 2, "n_columns": 3, "height": 7.0, "sharex": True, "sharey": True}
+    with metrics.picture(path, "Activation functions and their slopes", **size) as panels:
+        for axes, name, remark in zip(panels.flat, ACTIVATIONS, REMARKS, strict=True):
+            y, slope = value_and_slope(ACTIVATIONS[name], x)
+            axes.plot(x, y, color=metrics.COLORS[0], label="value f(x)")
+            axes.plot(x, slope, color=metrics.COLORS[1], linestyle="--", label="slope f′(x)")
+            axes.set(title=f"{name}: {remark}", ylim=(-1.2, 3.2))
+        for axes in panels[1]:
+            axes.set_xlabel("x")
+        for axes in panels[:, 0]:
+            axes.set_ylabel("f(x) and f′(x)")
+        lines, names = axes.get_legend_handles_labels()
+        axes.figure.legend(lines, names, loc="outside lower center", ncols=2)
 
 
 def show_activations(out: Path) -> None:
@@ -629,7 +628,7 @@ def show_activations(out: Path) -> None:
 BATCH_SIZES = [2, 8, 32, 128]
 N_IMAGES = 5_120  # seen in training, whatever the batch size: 40 batches of 128, 2,560 of 2
 SEEDS = [1, 2, 3]  # of the results; seed 0 chooses the rate
-N_VAL = 5_000  # of the 60,000 training images; the test images stay closed
+N_VAL = stage1_mlp.N_VAL  # of the 60,000 training images; the test images stay closed
 RATES = {  # tried at each batch size; fewer and less noisy steps allow, and need, longer ones
     2: [0.003, 0.01, 0.03, 0.1],
     8: [0.01, 0.03, 0.1, 0.3],
@@ -643,28 +642,17 @@ NORMS = {
     "RMS norm": RMSNorm,
     "group norm, 8 groups": partial(GroupNorm, 8),
 }
-NORM_COLOURS = ["#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7"]
 STATISTICS = ["of a batch as in training", "of a batch of 500", "running ones (inference)"]
-STATISTICS_COLOURS = ["#D55E00", "#E69F00", "#0072B2"]
 
 
-def read_idx(path: Path) -> Tensor:
-    """The tensor in one of MNIST's packed files; torchvision's reader wants it unpacked."""
-    with tempfile.TemporaryDirectory() as folder:
-        unpacked = Path(folder) / path.stem
-        unpacked.write_bytes(gzip.decompress(path.read_bytes()))
-        return read_sn3_pascalvincent_tensor(str(unpacked))
+def load_splits(data_dir: Path) -> tuple[Split, Split]:
+    """MNIST's training and validation images; the latter shuffled, as they stand class by class.
 
-
-def load_mnist(data_dir: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """MNIST's training images, normalised, and labels: 55,000 to train on, N_VAL to judge by."""
-    raw = data_dir / "MNIST" / "raw"
-    pixels = read_idx(raw / "train-images-idx3-ubyte.gz")  # (60000, 28, 28)
-    labels = read_idx(raw / "train-labels-idx1-ubyte.gz").long()  # (60000,)
-    images = (pixels.flatten(1) / 255 - 0.1307) / 0.3081
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(1998))
-    val, train = order.split([N_VAL, len(images) - N_VAL])
-    return images[train], labels[train], images[val], labels[val]
+    A batch of one class would have another mean and variance than a batch in training.
+    """
+    data = stage1_mlp.load_data(data_dir)
+    order = torch.randperm(N_VAL, generator=torch.Generator().manual_seed(0))
+    return data.train, Split(data.val.images[order], data.val.labels[order])
 
 
 class Network(nn.Module):
@@ -684,49 +672,43 @@ class Network(nn.Module):
         return self.linear3(x)  # (B, 10)
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean of −log softmax(logits)[label]: (B, 10) and (B,) -> scalar, in nats."""
-    return -log_softmax(logits).gather(1, labels[:, None]).mean()
-
-
-def train(norm, batch_size: int, lr: float, seed: int, images: Tensor, labels: Tensor) -> Network:
+def train(norm, batch_size: int, lr: float, seed: int, split: Split) -> Network:
     """The network after plain SGD on N_IMAGES images, each once; the rate falls linearly to 0."""
     torch.manual_seed(seed)
     model = Network(norm)
     optimizer = torch.optim.SGD(model.parameters(), lr)
-    batches = torch.randperm(len(images))[:N_IMAGES].split(batch_size)
+    batches = torch.randperm(len(split.labels))[:N_IMAGES].split(batch_size)
     for step, batch in enumerate(batches):
         optimizer.param_groups[0]["lr"] = lr * (1 - step / len(batches))
-        loss = cross_entropy(model(images[batch]), labels[batch])
+        loss = stage1_mlp.cross_entropy(model(split.images[batch]), split.labels[batch])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     return model
 
 
-@torch.no_grad()
-def accuracy(model: Network, images: Tensor, labels: Tensor) -> float:
+def accuracy(model: nn.Module, split: Split) -> float:
     """Percent right in inference mode."""
-    model.eval()
-    return 100 * (model(images).argmax(1) == labels).double().mean().item()
+    return 100 * stage1_mlp.evaluate(model, split)["accuracy"]
 
 
 @torch.no_grad()
-def accuracy_in_training_mode(model: Network, images: Tensor, labels: Tensor, size: int) -> float:
+def accuracy_in_training_mode(model: Network, split: Split, size: int) -> float:
     """Percent right when each batch of `size` is normalised by its own mean and variance."""
     model = copy.deepcopy(model).train()  # a copy: in training mode the running statistics move
-    predicted = [model(batch).argmax(1) for batch in images.split(size)]
-    return 100 * (torch.cat(predicted) == labels).double().mean().item()
+    predicted = [model(batch).argmax(1) for batch in split.images.split(size)]
+    matrix = metrics.confusion_matrix(torch.cat(predicted), split.labels, n_classes=10)
+    return 100 * metrics.accuracy(matrix)
 
 
 def run(name: str, batch_size: int, lr: float, seed: int, data) -> tuple[dict, Network]:
     """Train once: a row of layers_runs.csv, and the network."""
-    images, labels, val_images, val_labels = data
+    training, validation = data
     start = time.perf_counter()
-    model = train(NORMS[name], batch_size, lr, seed, images, labels)
+    model = train(NORMS[name], batch_size, lr, seed, training)
     seconds = time.perf_counter() - start
     row = {"norm": name, "batch_size": batch_size, "lr": lr, "seed": seed}
-    row["val_accuracy"] = accuracy(model, val_images, val_labels)
+    row["val_accuracy"] = accuracy(model, validation)
     row["seconds"] = round(seconds, 2)
     return row, model
 
@@ -754,13 +736,13 @@ def compare_normalisations(data) -> tuple[pd.DataFrame, dict[tuple[int, int], Ne
 
 def compare_modes(batch_norms: dict[tuple[int, int], Network], data) -> pd.DataFrame:
     """Rows of layers_batch_norm_modes.csv: the same weights, normalised in three ways."""
-    _, _, images, labels = data
+    _, validation = data
     rows = []
     for (batch_size, seed), model in batch_norms.items():
         results = [
-            accuracy_in_training_mode(model, images, labels, batch_size),
-            accuracy_in_training_mode(model, images, labels, 500),
-            accuracy(model, images, labels),
+            accuracy_in_training_mode(model, validation, batch_size),
+            accuracy_in_training_mode(model, validation, 500),
+            accuracy(model, validation),
         ]
         for name, result in zip(STATISTICS, results, strict=True):
             row = {"batch_size": batch_size, "seed": seed, "statistics": name}
@@ -768,41 +750,19 @@ def compare_modes(batch_norms: dict[tuple[int, int], Network], data) -> pd.DataF
     return pd.DataFrame(rows)
 
 
-def mean_and_std(rows: pd.DataFrame, index: str) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Mean and standard deviation of val_accuracy over seeds; columns are batch sizes."""
-    groups = rows.groupby([index, "batch_size"], sort=False)["val_accuracy"]
-    return groups.mean().unstack(), groups.std().unstack()
-
-
 def print_table(rows: pd.DataFrame, index: str) -> None:
-    """mean_and_std as text: 93.12 ± 0.10 in each cell."""
-    mean, std = mean_and_std(rows, index)
-    cells = mean.map("{:.2f}".format) + " ± " + std.map("{:.2f}".format)
-    print(cells.to_string())
+    """Validation accuracy, 93.12 ± 0.10 over seeds in each cell; columns are batch sizes."""
+    groups = rows.groupby([index, "batch_size"], sort=False)["val_accuracy"]
+    cells = groups.agg(lambda values: str(metrics.summarise(values)))
+    print(cells.unstack().to_string())
 
 
 def draw_normalisations(path: Path, rows: pd.DataFrame) -> None:
     """Validation error over the batch size, a line for each normalisation."""
-    mean, std = mean_and_std(rows, "norm")
-    figure = Figure(figsize=(9, 5), layout="constrained")
-    axes = figure.subplots()
-    for name, colour in zip(NORMS, NORM_COLOURS, strict=True):
-        beside = mean.columns * 1.04 ** (list(NORMS).index(name) - 2)  # bars do not hide each other
-        style = {"color": colour, "marker": "o", "linewidth": 2, "capsize": 4, "label": name}
-        axes.errorbar(beside, 100 - mean.loc[name], std.loc[name], **style)
-    axes.set_title("Batch norm helps most with 128 images a step, and fails with two")
-    axes.set_xlabel(f"images a step ({N_IMAGES:,} images seen in all)")
-    axes.set_ylabel("validation error (%), lower is better")
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xticks(BATCH_SIZES, BATCH_SIZES)
-    lowest, highest = axes.get_ylim()
-    ticks = [tick for tick in (4, 5, 6, 7, 8, 10, 12, 15, 20, 30, 40) if lowest < tick < highest]
-    axes.set_yticks(ticks, ticks)
-    axes.minorticks_off()
-    axes.grid(color="0.9")
-    figure.legend(loc="outside right upper", title=f"mean ± std, {len(SEEDS)} seeds")
-    figure.savefig(path, dpi=150)
+    rows = rows.assign(error=100 - rows["val_accuracy"])
+    title = f"Which normalisation helps at which batch size? {N_IMAGES:,} images seen"
+    labels = {"xlabel": "images a step", "ylabel": "validation error (%), lower is better"}
+    metrics.draw_lines(path, rows, ("batch_size", "error", "norm"), title, **labels)
 
 
 def normalised_values(model: Network, images: Tensor) -> pd.DataFrame:
@@ -826,36 +786,31 @@ def normalised_values(model: Network, images: Tensor) -> pd.DataFrame:
 
 def draw_modes(path: Path, modes: pd.DataFrame, values: pd.DataFrame) -> None:
     """Left: accuracy by what batch norm normalises with. Right: what it hands on, from pairs."""
-    figure = Figure(figsize=(11, 5), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    mean, std = mean_and_std(modes, "statistics")
-    colours = dict(zip(STATISTICS, STATISTICS_COLOURS, strict=True))
-    for i, name in enumerate(STATISTICS):
-        middles = [group + 0.27 * (i - 1) for group in range(len(mean.columns))]
-        style = {"color": colours[name], "capsize": 4, "label": name}
-        left.bar(middles, mean.loc[name], 0.27, yerr=std.loc[name], **style)
-    left.set_title("Batch norm in training mode: small batches cost accuracy")
-    left.set_xticks(range(len(mean.columns)), mean.columns)
-    left.set_xlabel("images a step in training")
-    left.set_ylabel("validation accuracy (%)")
-    left.set_ylim(0, 100)
-    for name, rows in values.groupby("statistics"):
-        right.step(rows["x_hat"], rows["percent"], where="mid", color=colours[name], linewidth=2)
-    right.set_title("Of two images, x̂ says only which is larger: ±1")
-    right.set_xlabel("x̂ in the first layer, of a network trained on pairs")
-    right.set_ylabel("share of the values (%), bins of 0.1")
-    title = f"normalised by the mean and variance (mean ± std, {len(SEEDS)} seeds)"
-    figure.legend(loc="outside lower center", ncols=3, title=title)
-    figure.savefig(path, dpi=150)
+    colors = metrics.colors_of(STATISTICS, ordered=False)
+    title = "Which mean and variance should batch norm use?"
+    with metrics.picture(path, title, n_columns=2, width=12, height=5.6) as (left, right):
+        style = {"hue": "statistics", "palette": colors, "saturation": 1, "legend": False}
+        spread = {"errorbar": ("pi", 100), "capsize": 0.2}
+        sns.barplot(modes, x="batch_size", y="val_accuracy", ax=left, **style, **spread)
+        left.set_title(f"accuracy {metrics.bands_of(modes)}")
+        left.set(xlabel="images a step in training", ylabel="validation accuracy (%)")
+        left.set_ylim(0, 100)
+        for name, rows in values.groupby("statistics"):
+            right.step(rows["x_hat"], rows["percent"], where="mid", color=colors[name])
+        right.set_title("x̂ in the first layer, trained with 2 images a step, seed 1")
+        right.set(xlabel="x̂ = (x − mean) / std", ylabel="share of the values (%), bins of 0.1")
+        bars = [Patch(color=colors[name]) for name in STATISTICS]
+        style = {"loc": "outside lower center", "ncols": 3}
+        left.figure.legend(bars, STATISTICS, title="mean and variance", **style)
 
 
 def show_normalisations(out: Path, data_dir: Path) -> None:
     """Train, save the three tables and two pictures, print the results."""
     print(f"\nNormalisations (归一化) on MNIST, {N_IMAGES:,} images seen: training", flush=True)
-    data = load_mnist(data_dir)
+    data = load_splits(data_dir)
     runs, batch_norms = compare_normalisations(data)
     modes = compare_modes(batch_norms, data)
-    values = normalised_values(batch_norms[BATCH_SIZES[0], SEEDS[0]], data[2])
+    values = normalised_values(batch_norms[BATCH_SIZES[0], SEEDS[0]], data[1].images)
     runs.to_csv(out / "layers_runs.csv", index=False, float_format="%.6g")
     modes.to_csv(out / "layers_batch_norm_modes.csv", index=False, float_format="%.6g")
     values.to_csv(out / "layers_batch_norm_values.csv", index=False, float_format="%.6g")
@@ -875,6 +830,8 @@ def main(out: Path = ROOT / "figures" / "interview", data_dir: Path = ROOT / "da
         out: the folder that the tables and pictures go to.
         data_dir: the folder that holds MNIST/raw.
     """
+    print("Layers (网络层): activations and their slopes, and which normalisation helps stage 1's")
+    print("network at which batch size; 135 short trainings, about 5 minutes")
     torch.set_num_threads(1)
     out.mkdir(parents=True, exist_ok=True)
     show_activations(out)
@@ -883,4 +840,7 @@ def main(out: Path = ROOT / "figures" / "interview", data_dir: Path = ROOT / "da
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    try:
+        tyro.cli(main)
+    except stage1_mlp.DataError as error:
+        sys.exit(f"interview.layers: {error}")

@@ -54,6 +54,7 @@ gradient g. Everything that it remembers of a parameter starts at 0.
 """
 
 import math
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterable
@@ -62,10 +63,11 @@ from pathlib import Path
 import pandas as pd
 import torch
 import tyro
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from interview import layers
+import metrics
+import stage1_mlp
+from stage1_mlp import Split
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -278,11 +280,8 @@ START = torch.tensor([-9.0, 2.0], dtype=torch.float64)
 TURN = 30  # degrees, of the second ravine: it no longer lies along the axes
 N_STEPS = 300
 CLOSE = 0.01  # of 90.5 at the start; the minimum is 0
-RAVINE_RATES = [
-    *(0.01, 0.02, 0.03, 0.05, 0.07),
-    *(0.1, 0.2, 0.3, 0.5, 0.7),
-    *(1.0, 2.0, 3.0, 5.0, 7.0, 10.0, 20.0),
-]
+RAVINE_RATES = [factor * power for power in (0.01, 0.1, 1.0) for factor in (1, 2, 3, 5, 7)]
+RAVINE_RATES += [10.0, 20.0]
 RAVINE = {  # name -> class, arguments; not AdamW: the minimum is at 0, where decay alone leads
     "SGD": (SGD, {}),
     "momentum 0.7": (SGD, {"momentum": 0.7}),
@@ -352,29 +351,29 @@ def best_on_the_ravine(rows: pd.DataFrame) -> pd.DataFrame:
 
 def draw_ravine(path: Path, best: pd.DataFrame) -> None:
     """A panel for each optimizer: its path over the level lines, at its best rate."""
-    figure = Figure(figsize=(10, 6.5), layout="constrained")
-    title = f"Steps until f(x, y) = ½ (x² + 25 y²) stays below {CLOSE}, each at its best rate"
-    turned = f"in brackets: turned by {TURN}°, which costs the rates for each weight their lead"
-    figure.suptitle(f"{title}\n({turned})")
+    title = f"How many steps until f(x, y) = ½ (x² + 25 y²) stays below {CLOSE}?"
+    explained = f"each at its best rate; in brackets: on the ravine turned by {TURN}°"
     x, y = torch.meshgrid(torch.linspace(-10, 4, 141), torch.linspace(-3, 3, 121), indexing="xy")
-    level = 0.5 * (x.square() + 25 * y.square())
-    panels = figure.subplots(2, 3, sharex=True, sharey=True)
-    for axes, (name, rows) in zip(panels.flat, best.groupby("optimizer", sort=False), strict=True):
-        straight, turned = rows.to_dict("records")
-        points, _ = descend(name, straight["lr"], 0)
-        axes.contour(x, y, level, levels=[0.5, 2, 8, 20, 45, 90], colors="0.8", linewidths=1)
-        style = {"color": "#0072B2", "marker": "o", "markersize": 3, "linewidth": 1.2}
-        axes.plot(points[:, 0], points[:, 1], **style)
-        axes.plot(0, 0, color="#D55E00", marker="*", markersize=11)
-        steps = f"{straight['steps']:.0f} steps ({turned['steps']:.0f})"
-        axes.set_title(f"{name}, rate {straight['lr']:g}:\n{steps}", fontsize=12)
-        axes.set_xlim(-10, 4)
-        axes.set_ylim(-3, 3)
-    for axes in panels[1]:
-        axes.set_xlabel("x (curvature 1)")
-    for axes in panels[:, 0]:
-        axes.set_ylabel("y (curvature 25)")
-    figure.savefig(path, dpi=150)
+    level = (0.5 * (x.square() + 25 * y.square())).numpy()
+    size = {"n_rows": 2, "n_columns": 3, "height": 7.0, "sharex": True, "sharey": True}
+    with metrics.picture(path, f"{title}\n({explained})", **size) as panels:
+        by_optimizer = best.groupby("optimizer", sort=False)
+        for axes, (name, rows) in zip(panels.flat, by_optimizer, strict=True):
+            straight, turned = rows.to_dict("records")
+            points, _ = descend(name, straight["lr"], 0)
+            lines = {"levels": [0.5, 2, 8, 20, 45, 90], "colors": "0.8", "linewidths": 1}
+            axes.contour(x.numpy(), y.numpy(), level, **lines)
+            style = {"color": metrics.COLORS[0], "marker": "o", "markersize": 3, "linewidth": 1.2}
+            axes.plot(points[:, 0], points[:, 1], **style)
+            axes.plot(0, 0, color=metrics.COLORS[1], marker="*", markersize=11)
+            steps = f"{straight['steps']:.0f} steps ({turned['steps']:.0f})"
+            axes.set_title(f"{name}, rate {straight['lr']:g}:\n{steps}")
+            axes.set(xlim=(-10, 4), ylim=(-3, 3), xticks=range(-8, 5, 4), yticks=(-2, 0, 2))
+            axes.grid(False)
+        for axes in panels[1]:
+            axes.set_xlabel("x (curvature 1)")
+        for axes in panels[:, 0]:
+            axes.set_ylabel("y (curvature 25)")
 
 
 def show_ravine(out: Path) -> None:
@@ -403,40 +402,36 @@ MNIST_OPTIMIZERS = {  # name -> class, arguments, rates tried
     "Adam": (Adam, {}, [0.001, 0.003, 0.01, 0.03]),
     "AdamW": (AdamW, {}, [0.001, 0.003, 0.01, 0.03]),
 }
-COLOURS = ["#000000", "#E69F00", "#009E73", "#CC79A7", "#0072B2", "#D55E00"]
 
 
-def train(name: str, lr: float, seed: int, data) -> tuple[nn.Module, list[float]]:
+def train(name: str, lr: float, seed: int, split: Split) -> tuple[nn.Module, list[float]]:
     """The 784-128-256-10 network after TRAIN_STEPS steps, and the mean loss of each LOG_EVERY."""
-    images, labels, _, _ = data
     torch.manual_seed(seed)
-    model = layers.Network(nn.Identity)
+    model = stage1_mlp.MLP((128, 256))
     kind, arguments, _ = MNIST_OPTIMIZERS[name]
     optimizer = kind(model.parameters(), lr, **arguments)
     losses = []
-    for batch in torch.randperm(len(images)).split(BATCH_SIZE)[:TRAIN_STEPS]:
-        loss = layers.cross_entropy(model(images[batch]), labels[batch])
+    for batch in torch.randperm(len(split.labels)).split(BATCH_SIZE)[:TRAIN_STEPS]:
+        loss = stage1_mlp.cross_entropy(model(split.images[batch]), split.labels[batch])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.detach())
-    means = [
-        torch.stack(losses[i : i + LOG_EVERY]).mean() for i in range(0, len(losses), LOG_EVERY)
-    ]
-    return model, [mean.item() for mean in means]
+    means = [part.mean().item() for part in torch.stack(losses).split(LOG_EVERY)]
+    return model, means
 
 
-def compare_on_mnist(data) -> tuple[pd.DataFrame, pd.DataFrame]:
+def compare_on_mnist(data: stage1_mlp.Data) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Rows of optimizers_runs.csv, one a run, and of optimizers_history.csv, one a logged step."""
-    _, _, images, labels = data
     runs, history = [], []
     for name, (_, _, rates) in MNIST_OPTIMIZERS.items():
         start = time.perf_counter()
         for lr in rates:
             for seed in SEEDS:
-                model, losses = train(name, lr, seed, data)
+                model, losses = train(name, lr, seed, data.train)
                 row = {"optimizer": name, "lr": lr, "seed": seed}
-                runs.append(row | {"val_accuracy": layers.accuracy(model, images, labels)})
+                validation = stage1_mlp.evaluate(model, data.val)
+                runs.append(row | {"val_accuracy": 100 * validation["accuracy"]})
                 steps = [min(LOG_EVERY * i, TRAIN_STEPS) for i in range(1, len(losses) + 1)]
                 for step, loss in zip(steps, losses, strict=True):
                     history.append(row | {"step": step, "train_loss": loss})
@@ -453,45 +448,32 @@ def best_rates(runs: pd.DataFrame) -> pd.DataFrame:
 
 def draw_mnist(path: Path, runs: pd.DataFrame, history: pd.DataFrame) -> None:
     """Left: error over the rate. Right: training loss over the steps, each at its best rate."""
-    figure = Figure(figsize=(11, 5), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    best = best_rates(runs).set_index("optimizer")["lr"]
-    for name, colour in zip(MNIST_OPTIMIZERS, COLOURS, strict=True):
-        error = 100 - runs[runs["optimizer"] == name].set_index("lr")["val_accuracy"]
-        mean, std = error.groupby("lr").mean(), error.groupby("lr").std()
-        style = {"color": colour, "marker": "o", "linewidth": 1.8, "capsize": 3, "label": name}
-        left.errorbar(mean.index, mean, std, **style)
-        rows = history[(history["optimizer"] == name) & (history["lr"] == best[name])]
-        loss = rows.groupby("step")["train_loss"].mean()
-        right.plot(loss.index, loss, color=colour, linewidth=1.8)
-    left.set_title("Each optimizer needs a rate of its own: SGD 0.3, Adam 0.003")
-    left.set_xlabel("learning rate, constant")
-    left.set_ylabel(f"validation error after {TRAIN_STEPS} steps (%)")
-    left.set_xscale("log")
-    left.set_yscale("log")
-    rates = [0.001, 0.01, 0.1, 1]
-    left.set_xticks(rates, rates)
-    ticks = [4, 5, 7, 10, 20, 50, 90]
-    left.set_yticks(ticks, ticks)
-    left.minorticks_off()
-    right.set_title("At their best rates they learn about equally fast")
-    right.set_xlabel(f"step, {BATCH_SIZE} images each")
-    right.set_ylabel(f"training loss (nats), mean of {LOG_EVERY} steps")
-    right.set_yscale("log")
-    ticks = [0.1, 0.2, 0.5, 1, 2]
-    right.set_yticks(ticks, ticks)
-    right.minorticks_off()
-    for axes in (left, right):
-        axes.grid(color="0.9")
-    title = f"mean ± std of {len(SEEDS)} seeds (left), mean (right)"
-    figure.legend(loc="outside lower center", ncols=6, title=title)
-    figure.savefig(path, dpi=150)
+    runs = runs.assign(error=100 - runs["val_accuracy"])
+    colors = metrics.colors_of(list(MNIST_OPTIMIZERS), ordered=False)
+    title = f"Which learning rate does each optimizer need? {metrics.bands_of(runs)}"
+    with metrics.picture(path, title, n_columns=2, width=12, height=5.6) as (left, right):
+        for name, color in colors.items():
+            style = {"color": color, "label": name, "errorbar": ("pi", 100)}
+            bars = {"err_style": "bars", "err_kws": {"capsize": 4}, "marker": "o"}
+            rows = runs[runs["optimizer"] == name]
+            metrics.draw_line(left, rows, "lr", "error", **style, **bars)
+            rows = history[history["optimizer"] == name]
+            metrics.draw_line(right, rows, "step", "train_loss", **style)
+        metrics.log_scale(left.xaxis, runs["lr"])
+        metrics.log_scale(left.yaxis, runs["error"])
+        metrics.log_scale(right.yaxis, history["train_loss"])
+        left.set_title(f"after {TRAIN_STEPS} steps of {BATCH_SIZE} images")
+        left.set(xlabel="learning rate, constant", ylabel="validation error (%), lower is better")
+        right.set_title("each at its best rate of those on the left")
+        right.set(xlabel="step", ylabel=f"training loss (nats), mean of {LOG_EVERY} steps")
+        lines, names = right.get_legend_handles_labels()
+        left.figure.legend(lines, names, loc="outside lower center", ncols=6)
 
 
 def show_mnist(out: Path, data_dir: Path) -> None:
     """Train, save the two tables and the picture, print the best rates."""
     print(f"\nMNIST, {TRAIN_STEPS} steps of {BATCH_SIZE} images: training", flush=True)
-    data = layers.load_mnist(data_dir)
+    data = stage1_mlp.load_data(data_dir)
     runs, history = compare_on_mnist(data)
     best = best_rates(runs)
     chosen = history.merge(best[["optimizer", "lr"]])
@@ -510,6 +492,8 @@ def main(out: Path = ROOT / "figures" / "interview", data_dir: Path = ROOT / "da
         out: the folder that the tables and pictures go to.
         data_dir: the folder that holds MNIST/raw.
     """
+    print("Optimizers (优化器): paths through a ravine at 17 rates each, and stage 1's network on")
+    print("MNIST at 4 rates each; 72 short trainings, about 2 minutes")
     torch.set_num_threads(1)
     out.mkdir(parents=True, exist_ok=True)
     show_ravine(out)
@@ -518,4 +502,7 @@ def main(out: Path = ROOT / "figures" / "interview", data_dir: Path = ROOT / "da
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    try:
+        tyro.cli(main)
+    except stage1_mlp.DataError as error:
+        sys.exit(f"interview.optimizers: {error}")

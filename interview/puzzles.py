@@ -63,8 +63,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import tyro
-from matplotlib.figure import Figure
 from sklearn import datasets
+
+import metrics
 
 FIGURES = Path(__file__).resolve().parent.parent / "figures" / "interview"
 
@@ -291,23 +292,23 @@ def quicksort_rows() -> list[dict]:
 
 def draw_quicksort(table: pd.DataFrame, path: Path) -> None:
     """Comparisons over the number of values, a line for each input."""
-    figure = Figure(figsize=(8, 4.4), layout="constrained")
-    ax = figure.subplots()
-    for name, rows in table.groupby("input", sort=False):
-        ax.plot(rows["n"], rows["comparisons"], marker="o", markersize=4, label=name)
-    n = np.sort(table["n"].unique())
-    ax.plot(n, n**2 / 2, ":", color="black", label="n² / 2: sorted input,\nfirst value as pivot")
-    ax.plot(n, n * np.log2(n), "--", color="black", label="n log₂ n")
-    ax.set(xscale="log", yscale="log", xlabel="values to sort", ylabel="comparisons")
-    ax.set_xticks([500, 1000, 2000, 5000, 10_000])
-    ax.set_xticklabels(["500", "1,000", "2,000", "5,000", "10,000"])
-    ax.minorticks_off()
-    figure.legend(loc="outside right center", frameon=False)
-    figure.suptitle(
-        "Quicksort: no input is quadratic, and equal values are the easiest\n"
-        "(random, sorted and reversed lie on one another)"
-    )
-    figure.savefig(path, dpi=200)
+    title = "How many comparisons does quicksort need?"
+    explained = "one run each; random, sorted and reversed input lie on one another"
+    with metrics.picture(path, f"{title}\n({explained})", width=10, height=5) as axes:
+        for color, (name, rows) in zip(
+            metrics.COLORS, table.groupby("input", sort=False), strict=False
+        ):
+            axes.plot(rows["n"], rows["comparisons"], marker="o", color=color, label=name)
+        n = np.sort(table["n"].unique())
+        quadratic = "n² / 2: sorted input,\nfirst value as pivot"
+        axes.plot(n, n**2 / 2, ":", color="black", label=quadratic)
+        axes.plot(n, n * np.log2(n), "--", color="black", label="n log₂ n")
+        metrics.log_scale(axes.xaxis, table["n"])
+        metrics.log_scale(axes.yaxis, pd.Series([*table["comparisons"], n.max() ** 2 / 2]))
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.yaxis.set_major_formatter("{x:,.0f}")
+        axes.set(xlabel="values to sort", ylabel="comparisons")
+        metrics.legend_beside(axes)
 
 
 def show_quicksort(out: Path) -> None:
@@ -317,6 +318,18 @@ def show_quicksort(out: Path) -> None:
     draw_quicksort(table, out / "puzzles_quicksort.png")
     print("\nquicksort: comparisons, by the number of values")
     print(table.pivot(index="input", columns="n", values="comparisons").to_string())
+
+
+def draw_rotations(path: Path, others: dict[str, np.ndarray], rows: list[dict]) -> None:
+    """The digits beside one another, and below each whether it matches the first."""
+    title = "Which of these is the first digit, turned?"
+    size = {"n_columns": len(rows), "width": 11, "height": 3}
+    with metrics.picture(path, title, **size) as panels:
+        for axes, row in zip(panels, rows, strict=True):
+            axes.imshow(others[row["other"]], cmap="gray_r")
+            axes.grid(False)
+            axes.set(xticks=[], yticks=[], title=row["other"])
+            axes.set_xlabel("match" if row["match"] else "no match")
 
 
 def show_rotations(out: Path) -> None:
@@ -332,13 +345,7 @@ def show_rotations(out: Path) -> None:
     }
     rows = [{"other": name, "match": rotations_match(digit, B)} for name, B in others.items()]
     pd.DataFrame(rows).to_csv(out / "puzzles_rotations.csv", index=False)
-    figure = Figure(figsize=(8, 2.3), layout="constrained")
-    for ax, row in zip(figure.subplots(1, len(rows)), rows, strict=True):
-        ax.imshow(others[row["other"]], cmap="gray_r")
-        ax.set(xticks=[], yticks=[], title=row["other"])
-        ax.set_xlabel("match" if row["match"] else "no match")
-    figure.suptitle("A digit matches its four turns; a mirror image or a transpose is none of them")
-    figure.savefig(out / "puzzles_rotations.png", dpi=200)
+    draw_rotations(out / "puzzles_rotations.png", others, rows)
     print("\nrotations: " + ", ".join(f"{row['other']}: {row['match']}" for row in rows))
 
 
@@ -349,6 +356,22 @@ def largest_first(items, capacity) -> int:
         taken += capacity // item
         capacity %= item
     return taken
+
+
+def draw_knapsack(path: Path, table: pd.DataFrame) -> None:
+    """Coins over the amount, the greedy way and the fewest."""
+    title = "How many coins does an amount take? Coins of 1, 3, 6, 12, 24 and 30 pence"
+    explained = "where one line is to be seen, both are equal"
+    ways_to_pay = {
+        "largest_first": ("largest coin first (greedy)", metrics.COLORS[1]),
+        "fewest": ("fewest (dynamic programming)", metrics.COLORS[0]),
+    }
+    with metrics.picture(path, f"{title}\n({explained})") as axes:
+        for column, (label, color) in ways_to_pay.items():
+            axes.step(table["pence"], table[column], where="mid", color=color, label=label)
+        axes.set(xlabel="amount (pence)", ylabel="number of coins", xticks=range(0, 121, 12))
+        axes.set_ylim(bottom=0)
+        axes.figure.legend(loc="outside lower center", ncols=2)
 
 
 def show_knapsack(out: Path) -> None:
@@ -364,19 +387,7 @@ def show_knapsack(out: Path) -> None:
         rows.append(row)
     table = pd.DataFrame(rows)
     table.to_csv(out / "puzzles_knapsack.csv", index=False)
-    figure = Figure(figsize=(8, 4.4), layout="constrained")
-    ax = figure.subplots()
-    ax.step(
-        table["pence"], table["largest_first"], where="mid", label="largest coin first (greedy)"
-    )
-    ax.step(table["pence"], table["fewest"], where="mid", label="fewest (dynamic programming)")
-    ax.set(xlabel="amount, pence", ylabel="coins", ylim=(0, None), xticks=range(0, 121, 12))
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)
-    figure.suptitle(
-        "Largest first is not always fewest: 48 pence = 30 + 12 + 6, or 24 + 24\n"
-        "(British coins of the 1960s: 1, 3, 6, 12, 24, 30 pence)"
-    )
-    figure.savefig(out / "puzzles_knapsack.png", dpi=200)
+    draw_knapsack(out / "puzzles_knapsack.png", table)
     worse = (table["largest_first"] > table["fewest"]).sum()
     print(f"\nknapsack: largest first takes too many coins for {worse} of {len(table)} amounts")
     print(table[table["pence"].isin((6, 12, 48, 54, 120))].to_string(index=False))
@@ -388,6 +399,8 @@ def main(out: Path = FIGURES) -> None:
     Args:
         out: the folder that the tables and pictures go to.
     """
+    print("Small programs (小题): a tree of this repository's files, quicksort's comparisons,")
+    print("turned digits and old coins; seconds\n")
     out.mkdir(parents=True, exist_ok=True)
     show_tree(out)
     show_quicksort(out)
