@@ -648,8 +648,8 @@ def draw_kernels(
         for axes, (name, kernel) in zip(panels[0, 1:], kernels.items(), strict=True):
             axes.imshow(kernel.numpy(), cmap="RdBu_r", vmin=-2 * largest, vmax=2 * largest)
             for row, column in itertools.product(range(3), range(3)):
-                number = f"{kernel[row, column].item():.2f}"
-                axes.text(column, row, number, ha="center", va="center", fontsize=10)
+                number = round(kernel[row, column].item(), 2) + 0.0  # no −0
+                axes.text(column, row, f"{number:.2f}", ha="center", va="center", fontsize=10)
             axes.set_title(name, fontsize=11)
         for row, (name, image) in zip(panels[1:], images.items(), strict=True):
             row[0].imshow(image.numpy(), cmap="gray_r", vmin=0, vmax=1)
@@ -718,8 +718,8 @@ def draw_shifted(path: Path, rows: pd.DataFrame, n_images: int) -> None:
 # ---- Shown at work: the networks of all stages ----------------------------------------------
 
 OTHERS = [  # data set, network, where its rows are: stage and experiment
-    ("MNIST", "fully connected,\n128-256", "stage1", "baseline"),
-    ("MNIST", "the same,\ndeformed images", "stage1", "deformed"),
+    ("MNIST", "MLP", "stage1", "baseline"),
+    ("MNIST", "MLP,\ndeformed", "stage1", "deformed"),
     ("Fashion-MNIST", "RNN", "stage2", "rnn"),
     ("Fashion-MNIST", "GRU", "stage2", "gru"),
     ("Fashion-MNIST", "LSTM", "stage2", "lstm"),
@@ -776,9 +776,10 @@ def draw_networks(path: Path, scores: pd.DataFrame) -> None:
             named = rows.assign(name=[f"{name}\nn = {n_seeds[name]}" for name in rows["network"]])
             colors = metrics.colors_of(list(dict.fromkeys(named["name"])), ordered=False)
             metrics.draw_points(axes, named, "name", "percent", colors)
-            axes.set_title(dataset)
+            changed = RECIPES[dataset].augmentation
+            axes.set_title(f"{dataset}; images {changed} for the CNN")
             axes.set(xlabel="", ylabel="test accuracy (%)")
-            axes.margins(x=0.15)
+            axes.margins(x=0.2, y=0.2)
 
 
 # ---- The program ----------------------------------------------------------------------------
@@ -820,8 +821,8 @@ def show_shifted(out: Path, val: Split) -> None:
     stage1 = ROOT / "figures" / "stage1"
     models = {
         "CNN, deformed images": load_cnn(file_of(out, "cnn", "MNIST", ".pt")),
-        "fully connected, deformed images": stage1_mlp.load_weights(stage1 / "deformed.pt"),
-        "fully connected": stage1_mlp.load_weights(stage1 / "baseline.pt"),
+        "MLP, deformed images": stage1_mlp.load_weights(stage1 / "deformed.pt"),
+        "MLP": stage1_mlp.load_weights(stage1 / "baseline.pt"),
     }
     rows = compare_shifted(models, split)
     rows.to_csv(out / "convolution_shift.csv", index=False, float_format="%.6g")
