@@ -1,8 +1,8 @@
 """Convolution and pooling by hand, and a CNN for MNIST and Fashion-MNIST (手撕卷积).
 
     python -m interview.convolution              tables and pictures from what is saved, 1 min
-    python -m interview.convolution --train      trains first what is not saved yet: 2 hours on one
-                                                 core; --workers 2 takes two
+    python -m interview.convolution --train      trains first what is not saved yet: 2 hours, half
+                                                 of that with --workers 2 on two free cores
     python -m interview.convolution --out DIR    the same into and from DIR
 
 Read `patches` and `conv2d` first: everything else here is a variation of them.
@@ -475,12 +475,11 @@ def train(recipe: Recipe, data: Data, name: str) -> tuple[CNN, list[dict]]:
         optimizer.step()
         losses.append(loss.detach())
         if step % recipe.steps_per_epoch == 0:
-            training = stage1_mlp.evaluate(InParts(model), sample)
-            validation = stage1_mlp.evaluate(InParts(model), data.val)
             row = {"step": step, "epoch": step // recipe.steps_per_epoch}
             row["objective"] = torch.stack(losses).mean().item()
-            row |= {"train_loss": training["loss"], "train_accuracy": training["accuracy"]}
-            row |= {"val_loss": validation["loss"], "val_accuracy": validation["accuracy"]}
+            for part, split in (("train", sample), ("val", data.val)):
+                found = stage1_mlp.evaluate(InParts(model), split)
+                row |= {f"{part}_{score}": found[score] for score in ("loss", "accuracy")}
             row["seconds"] = time.perf_counter() - start
             history.append(row)
             losses = []
