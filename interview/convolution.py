@@ -106,12 +106,12 @@ FIGURES = ROOT / "figures" / "interview"
 
 def pair(name: str, value, least: int) -> tuple[int, int]:
     """A whole number n as (n, n), a pair as it is; ValueError for anything else, or below least."""
-    numbers_given = tuple(value) if isinstance(value, tuple | list) else (value, value)
-    whole = [isinstance(n, numbers.Integral) and not isinstance(n, bool) for n in numbers_given]
-    if len(numbers_given) != 2 or not all(whole) or min(numbers_given) < least:
+    values = tuple(value) if isinstance(value, tuple | list) else (value, value)
+    whole = [isinstance(n, numbers.Integral) and not isinstance(n, bool) for n in values]
+    if len(values) != 2 or not all(whole) or min(values) < least:
         wanted = f"a whole number of at least {least}, or a pair of them"
         raise ValueError(f"{name} must be {wanted}, not {value!r}")
-    return numbers_given
+    return values
 
 
 def check_images(x: Tensor, weight: Tensor) -> None:
@@ -455,7 +455,7 @@ def augmented(images: Tensor, recipe: Recipe, progress: float) -> Tensor:
 def train(recipe: Recipe, data: Data, name: str) -> tuple[CNN, list[dict]]:
     """Train a CNN by the recipe: the model, and a history row an epoch, printed with the name."""
     torch.manual_seed(recipe.seed)
-    model = CNN().to(memory_format=torch.channels_last)  # a fifth faster on a CPU
+    model = CNN().to(memory_format=torch.channels_last)  # faster on a CPU
     kind = {"momentum": 0.9, "nesterov": True, "weight_decay": recipe.weight_decay}
     optimizer = torch.optim.SGD(model.parameters(), recipe.lr, **kind)
     images = data.train.images[: recipe.n_train]
@@ -786,9 +786,10 @@ def draw_networks(path: Path, scores: pd.DataFrame) -> None:
 
 def show_functions(out: Path, data: dict[str, Data]) -> None:
     """What our functions and torch's make of the same images; and what kernels made by hand see."""
-    table = compare_with_torch(data["Fashion-MNIST"].val.images[::50])
+    images = data["Fashion-MNIST"].val.images[::50]
+    table = compare_with_torch(images)
     table.to_csv(out / "convolution_functions.csv", index=False, float_format="%.3g")
-    print("\n100 images, float32; both times in milliseconds, one thread:")
+    print(f"\n{len(images)} images, float32; both times in milliseconds, one thread:")
     print(table.to_string(index=False, float_format="{:.3g}".format))
     title = "What four 3 × 3 kernels made by hand see"
     draw_kernels(out / "convolution_kernels.png", KERNELS, example_images(data), title)
