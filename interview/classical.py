@@ -100,6 +100,7 @@ from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import PolynomialFeatures
 
 import metrics
+from interview import check_whole
 
 FIGURES = Path(__file__).resolve().parent.parent / "figures" / "interview"
 TOLERANCE = 1e-12  # lasso stops when a sweep moves no prediction by more than this share of y's std
@@ -130,14 +131,6 @@ def check_rows(X, y) -> tuple[np.ndarray, np.ndarray]:
     if not np.isfinite(y).all():
         raise ValueError(f"y must be finite, but holds {y[~np.isfinite(y)][0]}")
     return X, y
-
-
-def check_whole(**values) -> None:
-    """ValueError for the first named value that is no whole number of at least 1."""
-    for name, value in values.items():
-        whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-        if not whole or value < 1:
-            raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
 
 
 def check_not_negative(**values) -> None:

@@ -70,14 +70,11 @@ of the output, kh × kw kernel, G groups.
    Mistakes  "A CNN has fewer weights." "Pooling makes it invariant": to a few pixels at most.
 """
 
-import gzip
-import hashlib
 import itertools
 import math
 import numbers
 import sys
 import time
-import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -94,8 +91,9 @@ from torch.nn import functional as F
 
 import metrics
 import stage1_mlp
-from interview.layers import check_whole
-from stage1_mlp import Data, DataError, Split
+import stage2_rnn
+from interview import check_whole
+from stage1_mlp import Data, Split
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ROOT / "figures" / "interview"
@@ -335,56 +333,6 @@ class InParts(nn.Module):
 
 # ---- Data -----------------------------------------------------------------------------------
 
-FASHION_MEAN, FASHION_STD = 0.2860, 0.3530  # of the training pixels scaled to 0 … 1
-FASHION_SHA256 = {  # of the unpacked files
-    "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
-    "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
-    "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
-    "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
-}
-
-
-def read_fashion(path: Path, sha256: str) -> Tensor:
-    """One packed file of Fashion-MNIST: uint8 (N, 28, 28) or (N,). DataError names a wrong one."""
-    try:
-        content = gzip.decompress(path.read_bytes())
-    except FileNotFoundError:
-        raise DataError(f"{path} is missing: give its folder by --data-dir") from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} cannot be read ({error}): replace it") from None
-    if hashlib.sha256(content).hexdigest() != sha256:
-        raise DataError(f"{path} is damaged or not Fashion-MNIST's (checksum): replace it")
-    if "images" in path.name:
-        return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=16).view(-1, 28, 28)
-    return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=8)
-
-
-def load_fashion(data_dir: Path) -> Data:
-    """Fashion-MNIST: 55,000 / 5,000 / 10,000 images (N, 28, 28), normalised.
-
-    The validation images are every 12th of each class, as stage1_mlp.load_data takes them of MNIST.
-    To be replaced by stage2_rnn.load_data as soon as that exists.
-    """
-    folder = Path(data_dir) / "FashionMNIST" / "raw"
-    parts = [read_fashion(folder / f"{name}.gz", sha) for name, sha in FASHION_SHA256.items()]
-    train_images, train_labels, test_images, test_labels = parts
-    generator = torch.Generator().manual_seed(1998)  # of the split alone
-    order = torch.randperm(len(train_labels), generator=generator)
-    by_class = order[train_labels[order].argsort(stable=True)]
-    is_val = torch.arange(len(by_class)) % 12 == 0
-    val = by_class[is_val]
-    train = by_class[~is_val]
-    train = train[torch.randperm(len(train), generator=generator)]
-
-    def split(pixels: Tensor, labels: Tensor) -> Split:
-        return Split((pixels / 255 - FASHION_MEAN) / FASHION_STD, labels.long())
-
-    return Data(
-        split(train_images[train], train_labels[train]),
-        split(train_images[val], train_labels[val]),
-        split(test_images, test_labels),
-    )
-
 
 def shift_and_mirror(images: Tensor, far: int = 2) -> Tensor:
     """Move each image by up to `far` pixels, mirror one in two: (B, …) -> (B, 28, 28).
@@ -433,7 +381,7 @@ class Recipe:
         return self.epochs * self.steps_per_epoch
 
 
-LOAD = {"MNIST": stage1_mlp.load_data, "Fashion-MNIST": load_fashion}
+LOAD = {"MNIST": stage1_mlp.load_data, "Fashion-MNIST": stage2_rnn.load_data}
 RECIPES = {
     "MNIST": Recipe("deformed", mirrored=False, epochs=10),
     "Fashion-MNIST": Recipe("shifted and mirrored", mirrored=True, epochs=15),
@@ -857,7 +805,7 @@ def main(
                 print("\nNo trained network yet: python -m interview.convolution --train")
             else:
                 show_networks(out, data, runs)
-    except (DataError, ValueError, OSError) as error:
+    except (stage1_mlp.DataError, stage2_rnn.DataError, ValueError, OSError) as error:
         print(f"interview.convolution: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -90,7 +90,6 @@ features. What needs squares or sums computes float16 and bfloat16 in float32, t
 
 import copy
 import math
-import numbers
 import sys
 import time
 from collections.abc import Callable
@@ -107,20 +106,13 @@ from torch import Tensor, nn
 
 import metrics
 import stage1_mlp
+from interview import check_whole
 from stage1_mlp import Split
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 # ---- Checks of the input --------------------------------------------------------------------
-
-
-def check_whole(**values) -> None:
-    """ValueError for the first named value that is no whole number of at least 1."""
-    for name, value in values.items():
-        whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-        if not whole or value < 1:
-            raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
 
 
 def check_eps(eps: float) -> None:

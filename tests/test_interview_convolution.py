@@ -1,6 +1,5 @@
 """interview/convolution.py against torch's own functions, in values and gradients."""
 
-import gzip
 import itertools
 import math
 
@@ -325,38 +324,6 @@ def test_in_parts_and_mirrored():
 
 
 # ---- data ----
-
-
-def test_fashion_mnist_is_split_as_stage_1_splits_mnist():
-    data = convolution.load_fashion(ROOT / "data")
-    assert [tuple(split.images.shape) for split in data] == [
-        (55_000, 28, 28),
-        (5_000, 28, 28),
-        (10_000, 28, 28),
-    ]
-    assert data.train.images.mean().abs() < 2e-3
-    assert data.train.images.std() == pytest.approx(1, abs=2e-3)
-    assert data.val.labels.bincount().tolist() == [500] * 10
-    assert data.test.labels.bincount().tolist() == [1000] * 10
-    assert len(torch.cat([data.train.images, data.val.images]).flatten(1).unique(dim=0)) > 59_000
-
-
-def test_a_wrong_file_is_named(tmp_path):
-    folder = tmp_path / "FashionMNIST" / "raw"
-    folder.mkdir(parents=True)
-    path = folder / "train-images-idx3-ubyte.gz"
-    with pytest.raises(stage1_mlp.DataError, match=f"{path} is missing"):
-        convolution.load_fashion(tmp_path)
-    path.write_bytes(b"not gzip")
-    with pytest.raises(stage1_mlp.DataError, match=f"{path} cannot be read"):
-        convolution.load_fashion(tmp_path)
-    mnist = ROOT / "data" / "MNIST" / "raw" / path.name
-    path.write_bytes(mnist.read_bytes())
-    with pytest.raises(stage1_mlp.DataError, match="damaged or not Fashion-MNIST's"):
-        convolution.load_fashion(tmp_path)
-    path.write_bytes(gzip.compress(b"short"))
-    with pytest.raises(stage1_mlp.DataError, match="damaged or not Fashion-MNIST's"):
-        convolution.load_fashion(tmp_path)
 
 
 def test_shift_and_mirror_moves_and_mirrors():
