@@ -280,11 +280,11 @@ def replace_rows(folder: Path, tables: dict[str, list[dict]], order: list[tuple]
         save_rows(path, rows)
 
 
-def remove_runs(folder: Path, experiments: list[str]) -> None:
-    """Forget the experiments' runs and all that is known of them."""
+def remove_runs(folder: Path, is_removed) -> None:
+    """Forget the rows of runs.csv where is_removed (n,) is true, and all that is known of them."""
     runs = load_rows(folder / "runs.csv", as_text=True)
-    if len(runs):
-        save_rows(folder / "runs.csv", runs[~runs["experiment"].isin(experiments)])
+    if np.any(is_removed):
+        save_rows(folder / "runs.csv", runs[~np.asarray(is_removed)])
         drop_rows_of_no_run(folder)
 
 

@@ -1324,7 +1324,8 @@ def run_experiments(command: RunCommand) -> None:
     with claimed(folder):
         metrics.drop_rows_of_no_run(folder)
         if command.fresh:
-            metrics.remove_runs(folder, experiments)
+            saved = metrics.load_rows(folder / "runs.csv", as_text=True)
+            metrics.remove_runs(folder, saved["experiment"].isin(experiments))
         todo, n_outdated = unfinished(runs, folder)
         workers = 1 if command.smoke else command.workers or default_workers(device)
         workers = min(workers, max(1, len(todo)))
@@ -1340,6 +1341,7 @@ def run_experiments(command: RunCommand) -> None:
                 first = Split(data.train.images[:1000], data.train.labels[:1000])
                 data = Data(first, every_20th(data.val), every_20th(data.test))
             train_and_save(todo, data, device, workers, command.dask, folder)
+        drop_outdated(runs, folder)
         print("drawing …", flush=True)
         draw_all(folder)
     print_result(folder, experiments)
@@ -1353,13 +1355,32 @@ def unfinished(runs: list[Run], folder: Path) -> tuple[list[Run], int]:
     n_outdated = 0
     for run in runs:
         row = found.get((run.experiment, run.value, str(run.config.seed)))
-        columns = config_columns(run.config)
         if row is None:
             todo.append(run)
-        elif any(row.get(name) != text for name, text in columns.items()):
+        elif not has_config(row, run.config):
             todo.append(run)
             n_outdated += 1
     return todo, n_outdated
+
+
+def has_config(row: dict, config: Config) -> bool:
+    """Whether a saved row is of this Config, but for the seed."""
+    return all(row.get(name) == text for name, text in config_columns(config).items())
+
+
+def drop_outdated(runs: list[Run], folder: Path) -> None:
+    """Remove rows of these experiments with other seeds that are no longer what the table says."""
+    table = {(run.experiment, run.value): run.config for run in runs}
+    rows = metrics.load_rows(folder / "runs.csv", as_text=True)
+    is_outdated = []
+    for row in rows.to_dict("records"):
+        config = table.get((row["experiment"], row["value"]))
+        is_named = row["experiment"] in {run.experiment for run in runs}
+        is_gone = is_named and row["value"] not in EXPERIMENTS[row["experiment"]]
+        is_outdated.append(is_gone or (config is not None and not has_config(row, config)))
+    if any(is_outdated):
+        print(f"{sum(is_outdated)} rows of other settings or values, of other seeds, are removed")
+        metrics.remove_runs(folder, np.array(is_outdated))
 
 
 def every_20th(split: Split) -> Split:
@@ -1367,7 +1388,7 @@ def every_20th(split: Split) -> Split:
 
 
 def default_workers(device: str) -> int:
-    return torch.cuda.device_count() if device == "cuda" else joblib.cpu_count()
+    return {"cuda": torch.cuda.device_count(), "mps": 1}.get(device, joblib.cpu_count())
 
 
 def device_name(device: str) -> str:

@@ -1,8 +1,8 @@
-"""Stage 2: an RNN (循环神经网络), a GRU and an LSTM of nn.Linear read Fashion-MNIST row by row.
+"""Stage 2: an RNN (循环神经网络), a GRU and an LSTM of nn.Linear read Fashion-MNIST as rows.
 
     python stage2_rnn.py                              the brief's questions, one seed each
     python stage2_rnn.py --only cell units --seeds 3  some experiments; --only all: every one
-    python stage2_rnn.py train --cell gru --lr 0.01   one network of your own
+    python stage2_rnn.py train --cell gru --init orthogonal   one network of your own
     python stage2_rnn.py predict shirt.png            what the trained network makes of your images
     python stage2_rnn.py benchmark                    speed, beside nn.RNN, nn.GRU and nn.LSTM
     python stage2_rnn.py plot                         draw figures/stage2/ again from its saved rows
@@ -48,7 +48,7 @@ import torch
 import tyro
 from filelock import FileLock, Timeout
 from joblib.externals.loky import get_reusable_executor
-from PIL import Image, ImageOps
+from PIL import Image, ImageFilter, ImageOps
 from scipy import ndimage
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -76,7 +76,7 @@ class Config:
     bidirectional: bool = False
     # how W_hh is drawn, see initialise
     init: Literal["default", "orthogonal", "identity", "large"] = "identity"
-    # of an LSTM: the bias of its forget gate at the start
+    # of an LSTM: the bias of its forget gate at the start; 0 leaves it as init draws it
     forget_bias: float = 0.0
     # how an image becomes a sequence, see sequences
     reading: Literal["rows", "columns", "two_rows", "patches"] = "two_rows"
@@ -90,9 +90,9 @@ class Config:
     lengths: bool = False
     # whose mean and std scale the pixels; none leaves them at 0 … 1
     normalise: Literal["fashion_mnist", "mnist", "none"] = "fashion_mnist"
-    # mirror every other training image, at random, left to right
+    # mirror each training image with probability ½, left to right
     flip: bool = True
-    # move every training image by up to that many pixels each way, at random
+    # move each training image by up to that many pixels, sideways and up or down, at random
     shift: int = 0
     # evaluate on every image and on its mirror image: the mean of the logits
     both_views: bool = False
@@ -104,7 +104,7 @@ class Config:
     optimizer: Literal["sgd", "adamw"] = "adamw"
     # highest learning rate of the schedule
     lr: float = 2e-3
-    # of weights, not of biases
+    # of weights, not of biases; made for adamw, with sgd it is an L2 penalty: give 0
     weight_decay: float = 0.3
     # share of the run in which the learning rate rises; then it falls along a cosine
     warmup: float = 0.3
@@ -205,7 +205,7 @@ class Split(NamedTuple):
 
 class Data(NamedTuple):
     train: Split  # in a random order, so that the first n of them are a fair sample
-    val: Split
+    val: Split  # class by class, 500 of each
     test: Split
 
 
@@ -214,7 +214,7 @@ class DataError(Exception):
 
 
 def read_part(folder: Path, name: str) -> np.ndarray:
-    """One of the four files, unpacked if it lies there so, else from its .gz: uint8 (N, …).
+    """One of the four files as uint8 (N, …): the unpacked file if there is one, else the .gz.
 
     Nothing is written. The checksum proves number, shape, values and the right data set at once.
     """
@@ -302,8 +302,8 @@ def blank_pixel(config: Config) -> float:
 
 
 def augmented(images: Tensor, flip: bool, shift: int, blank: float) -> Tensor:
-    """Images (B, 28, 28), each mirrored with probability ½ if `flip`, moved by up to `shift` pixels
-    down and right; what moves in from outside is `blank`."""
+    """Images (B, 28, 28), each mirrored with probability ½ if `flip`, and moved by up to `shift`
+    pixels, sideways and up or down; what moves in from outside is `blank`."""
     B = len(images)
     device = images.device
     if flip:
@@ -319,7 +319,7 @@ def augmented(images: Tensor, flip: bool, shift: int, blank: float) -> Tensor:
 
 
 def sequences(images: Tensor, config: Config) -> tuple[Tensor, Tensor | None]:
-    """Images (B, 28, 28) as the Config reads them: (B, T, F), and lengths (B,) if it tells them.
+    """Images (B, 28, 28) as the Config reads them: x (B, T, F), and lengths (B,) or None.
 
     "rows" from top to bottom; "columns" from left to right; "two_rows" at a step, T = 14; "patches"
     of 7 × 4 pixels, 28 of them, row by row. A cropped sequence begins with the garment's first row
@@ -357,8 +357,6 @@ class RNNCell(nn.Module):
     The one bias stands for the sum of the two that nn.RNN has.
     """
 
-    n_gates = 1
-
     def __init__(self, n_in: int, n_hidden: int, activation: str = "tanh"):
         super().__init__()
         check_sizes(n_in, n_hidden)
@@ -369,7 +367,7 @@ class RNNCell(nn.Module):
         self.activation = activation
 
     def forward(self, x: Tensor, state: Tensor | None = None) -> Tensor:
-        check_input(self, x, "B")
+        check_step(self, x)
         projected = self.W_xh(x)
         return self.step(projected, start_state(self, state, x, projected))
 
@@ -380,17 +378,16 @@ class RNNCell(nn.Module):
 
 
 class GRUCell(nn.Module):
-    """The gated recurrent unit (Cho 2014), with nn.GRU's reset gate, which comes after the product.
+    """The gated recurrent unit (Cho 2014), with the conventions of nn.GRU.
 
         r = σ(W_xr x + b_xr + W_hr h + b_hr)           reset gate 重置门
         z = σ(W_xz x + b_xz + W_hz h + b_hz)           update gate 更新门
         n = tanh(W_xn x + b_xn + r ⊙ (W_hn h + b_hn))  candidate 候选状态
         h' = (1 - z) ⊙ n + z ⊙ h
 
+    The paper, and d2l, have W_hn (r ⊙ h) in n: the reset gate comes before the product there.
     forward(x, state) as RNNCell's. Rows of W_xh and W_hh: r, z, n, as in nn.GRU's weights.
     """
-
-    n_gates = 3
 
     def __init__(self, n_in: int, n_hidden: int):
         super().__init__()
@@ -399,14 +396,14 @@ class GRUCell(nn.Module):
         self.W_hh = nn.Linear(n_hidden, 3 * n_hidden)
 
     def forward(self, x: Tensor, state: Tensor | None = None) -> Tensor:
-        check_input(self, x, "B")
+        check_step(self, x)
         projected = self.W_xh(x)
         return self.step(projected, start_state(self, state, x, projected))
 
     def step(self, projected: Tensor, h: Tensor) -> Tensor:
         """The next state, from projected = W_xh(x) (B, 3H) and the state before, h (B, H)."""
-        x_r, x_z, x_n = projected.chunk(3, dim=1)
-        h_r, h_z, h_n = self.W_hh(h).chunk(3, dim=1)
+        x_r, x_z, x_n = projected.chunk(3, dim=1)  # x_r = W_xr x + b_xr
+        h_r, h_z, h_n = self.W_hh(h).chunk(3, dim=1)  # h_r = W_hr h + b_hr
         r = torch.sigmoid(x_r + h_r)
         z = torch.sigmoid(x_z + h_z)
         n = torch.tanh(x_n + r * h_n)
@@ -416,16 +413,16 @@ class GRUCell(nn.Module):
 class LSTMCell(nn.Module):
     """Long short-term memory (Hochreiter 1997; the forget gate: Gers 2000); its state is (h, c).
 
-        i, f, o = σ(W_x x + b + W_h h)      input, forget, output gate 输入门 遗忘门 输出门
+        i = σ(W_xi x + b_i + W_hi h)        input gate 输入门
+        f = σ(W_xf x + b_f + W_hf h)        forget gate 遗忘门
         g = tanh(W_xg x + b_g + W_hg h)     candidate 候选记忆
+        o = σ(W_xo x + b_o + W_ho h)        output gate 输出门
         c' = f ⊙ c + i ⊙ g                  memory 记忆单元
         h' = o ⊙ tanh(c')
 
     forward(x, state): x (B, n_in), state (h, c), each (B, H), or None -> the next (h, c). Rows of
     W_xh and W_hh: i, f, g, o, as in nn.LSTM's weights; b is the sum of its two biases.
     """
-
-    n_gates = 4
 
     def __init__(self, n_in: int, n_hidden: int):
         super().__init__()
@@ -434,16 +431,20 @@ class LSTMCell(nn.Module):
         self.W_hh = nn.Linear(n_hidden, 4 * n_hidden, bias=False)
 
     def forward(self, x: Tensor, state=None) -> tuple[Tensor, Tensor]:
-        check_input(self, x, "B")
+        check_step(self, x)
         projected = self.W_xh(x)
         return self.step(projected, start_state(self, state, x, projected))
 
     def step(self, projected: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """The next (h, c), from projected = W_xh(x) (B, 4H) and the (h, c) before."""
         h, c = state
-        i, f, g, o = (projected + self.W_hh(h)).chunk(4, dim=1)
-        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-        h = torch.sigmoid(o) * torch.tanh(c)
+        a_i, a_f, a_g, a_o = (projected + self.W_hh(h)).chunk(4, dim=1)
+        i = torch.sigmoid(a_i)
+        f = torch.sigmoid(a_f)
+        g = torch.tanh(a_g)
+        o = torch.sigmoid(a_o)
+        c = f * c + i * g
+        h = o * torch.tanh(c)
         return h, c
 
 
@@ -462,6 +463,21 @@ def read(cell: nn.Module, x: Tensor, state=None, is_inside: Tensor | None = None
     return torch.stack(outputs), state
 
 
+def start_state(cell: nn.Module, state, x: Tensor, projected: Tensor):
+    """The state before the first step x (B, F): the given one, or zeros; ValueError on another
+    shape or dtype. Under autocast the products' dtype is not x's; both are welcome."""
+    shape = (len(x), cell.W_hh.in_features)
+    if state is None:
+        zeros = projected.new_zeros(shape)
+        return (zeros, zeros) if isinstance(cell, LSTMCell) else zeros
+    parts = parts_of(state, cell, shape)
+    for part in parts:
+        if part.dtype not in (x.dtype, projected.dtype):
+            raise ValueError(f"a state of the input's {x.dtype} expected, not of {part.dtype}")
+    parts = [part.to(projected.dtype) for part in parts]
+    return tuple(parts) if isinstance(cell, LSTMCell) else parts[0]
+
+
 def hidden_of(state) -> Tensor:
     """The h of a state: of an LSTM's (h, c) the first."""
     return state[0] if isinstance(state, tuple) else state
@@ -474,14 +490,54 @@ def kept(is_inside: Tensor, new_state, state):
     return torch.where(is_inside, new_state, state)
 
 
-class Recurrent(nn.Module):
-    """Layers of cells over whole sequences, in one direction or both; nn.RNN, nn.GRU, nn.LSTM.
+@torch.no_grad()
+def bptt(cell: RNNCell, x: Tensor, grad_outputs: Tensor) -> dict[str, Tensor]:
+    """Gradients of a plain RNN's parameters by hand: {parameter name: its gradient}.
 
-    forward(x, lengths, state): x (B, T, n_in); lengths (B,) whole numbers in 1 … T, None is T;
-    state (C, B, H) for C = layers · directions cells, forwards before backwards, an LSTM's a pair
-    of these, None is zeros -> outputs (B, T, H · directions), zero past a sequence's end, and the
-    state after each one's last step. What x holds past an end, NaN too, has no influence.
-    ValueError on other shapes, lengths or dtypes.
+    Back-propagation through time (随时间反向传播; Werbos 1990), to be read; the tests hold it equal
+    to autograd, which trains. x (B, T, n_in); grad_outputs (B, T, H): the part of ∂L/∂h_t that
+    comes to h_t directly from the loss. With a_t = W_xh x_t + b + W_hh h_(t-1), h_t = act(a_t) and
+    h_0 = 0, from the last step back:
+        ∂L/∂h_t = grad_outputs_t + W_hhᵀ δ_(t+1)      directly, and through the step after it
+        δ_t = ∂L/∂a_t = ∂L/∂h_t ⊙ act'(a_t)           tanh' = 1 - h_t², relu' = [h_t > 0]
+        ∂L/∂W_xh = Σ_t δ_t x_tᵀ       ∂L/∂W_hh = Σ_t δ_t h_(t-1)ᵀ       ∂L/∂b = Σ_t δ_t
+    """
+    outputs, _ = read(cell, x.transpose(0, 1))  # (T, B, H)
+    grad_W_xh = torch.zeros_like(cell.W_xh.weight)
+    grad_W_hh = torch.zeros_like(cell.W_hh.weight)
+    grad_b = torch.zeros_like(cell.W_xh.bias)
+    delta = torch.zeros_like(outputs[0])  # (B, H): nothing comes after the last step
+    for t in reversed(range(len(outputs))):
+        h = outputs[t]
+        h_before = outputs[t - 1] if t > 0 else torch.zeros_like(h)
+        grad_h = grad_outputs[:, t] + delta @ cell.W_hh.weight
+        slope = 1 - h**2 if cell.activation == "tanh" else (h > 0).to(h.dtype)
+        delta = grad_h * slope
+        grad_W_xh += delta.mT @ x[:, t]
+        grad_W_hh += delta.mT @ h_before
+        grad_b += delta.sum(0)
+    return {"W_xh.weight": grad_W_xh, "W_xh.bias": grad_b, "W_hh.weight": grad_W_hh}
+
+
+CELLS = {
+    "rnn": RNNCell,
+    "rnn_relu": partial(RNNCell, activation="relu"),
+    "gru": GRUCell,
+    "lstm": LSTMCell,
+}
+
+
+class Recurrent(nn.Module):
+    """Layers of cells over whole sequences: what nn.RNN, nn.GRU and nn.LSTM do, batch first.
+
+    forward(x, lengths, state) -> (outputs, last state)
+        x           (B, T, n_in); what it holds past a sequence's end, NaN too, has no influence
+        lengths     (B,) whole numbers in 1 … T; None: all are T steps long
+        state       (C, B, H) of the C = layers · directions cells, forwards before backwards;
+                    of LSTMs a pair (h, c) of these; None: zeros
+        outputs     (B, T, H · directions), 0 past a sequence's end
+        last state  as state: after each sequence's own last step
+    ValueError on other shapes or lengths, and on a state of another dtype than x.
     """
 
     def __init__(
@@ -502,7 +558,7 @@ class Recurrent(nn.Module):
                 self.cells.append(CELLS[cell](n_inputs, n_hidden))
 
     def forward(self, x: Tensor, lengths=None, state=None):
-        check_input(self.cells[0], x, "B, T")
+        check_sequences(self.cells[0], x)
         x = x.transpose(0, 1)  # (T, B, F): step by step
         T, B, _ = x.shape
         is_inside = None
@@ -540,14 +596,6 @@ def backwards(x: Tensor, lengths: Tensor | None) -> Tensor:
     return x.take_along_dim(source[:, :, None], 0)
 
 
-CELLS = {
-    "rnn": RNNCell,
-    "rnn_relu": partial(RNNCell, activation="relu"),
-    "gru": GRUCell,
-    "lstm": LSTMCell,
-}
-
-
 class RecurrentClassifier(nn.Module):
     """Recurrent layers, then one nn.Linear on the last state, or on the mean of the outputs.
 
@@ -583,44 +631,16 @@ class RecurrentClassifier(nn.Module):
     def classify(self, state) -> Tensor:
         """The logits (B, n_classes) of a state of the recurrent layers."""
         of_top_layer = hidden_of(state)[-self.recurrent.n_directions :]  # (directions, B, H)
-        return self.out(self.dropout(torch.cat(tuple(of_top_layer), dim=1)))
-
-
-@torch.no_grad()
-def bptt(cell: RNNCell, x: Tensor, grad_outputs: Tensor) -> dict[str, Tensor]:
-    """Gradients of a plain RNN's parameters by hand: {parameter name: its gradient}.
-
-    Back-propagation through time (随时间反向传播; Werbos 1990). x (B, T, n_in); grad_outputs
-    (B, T, H) is ∂L/∂h_t of what the loss makes of each output. With a_t = W_xh x_t + b + W_hh h_t-1
-    and h_t = act(a_t), h_0 = 0, from the last step back:
-        γ_t = grad_outputs_t + W_hhᵀ δ_t+1          ∂L/∂h_t, all that comes later included
-        δ_t = γ_t ⊙ act'(a_t)                       ∂L/∂a_t; tanh' = 1 - h_t², relu' = [h_t > 0]
-        ∂L/∂W_xh = Σ_t δ_t x_tᵀ        ∂L/∂W_hh = Σ_t δ_t h_t-1ᵀ        ∂L/∂b = Σ_t δ_t
-    """
-    outputs, _ = read(cell, x.transpose(0, 1), None)  # (T, B, H)
-    grad_x = torch.zeros_like(cell.W_xh.weight)
-    grad_h = torch.zeros_like(cell.W_hh.weight)
-    grad_b = torch.zeros_like(cell.W_xh.bias)
-    delta = torch.zeros_like(outputs[0])  # (B, H): nothing comes after the last step
-    for t in reversed(range(len(outputs))):
-        h = outputs[t]
-        h_before = outputs[t - 1] if t > 0 else torch.zeros_like(h)
-        gamma = grad_outputs[:, t] + delta @ cell.W_hh.weight
-        slope = 1 - h**2 if cell.activation == "tanh" else (h > 0).to(h.dtype)
-        delta = gamma * slope
-        grad_x += delta.mT @ x[:, t]
-        grad_h += delta.mT @ h_before
-        grad_b += delta.sum(0)
-    return {"W_xh.weight": grad_x, "W_xh.bias": grad_b, "W_hh.weight": grad_h}
+        return self.out(self.dropout(of_top_layer.transpose(0, 1).flatten(1)))
 
 
 @torch.no_grad()
 def initialise(model: RecurrentClassifier, init: str, forget_bias: float = 0.0) -> None:
-    """Draw W_hh anew, gate by gate, and set b_xh to 0.
+    """How W_hh starts, gate by gate; all but "default" set b_xh to 0.
 
-    "orthogonal" keeps the length of what passes (Saxe 2014), "large" doubles it, "identity" is for
-    ReLU (Le 2015); "default" keeps nn.Linear's U(±1 / √n_hidden), as in nn.RNN, biases too. An
-    LSTM's forget gate gets its own bias: 1 keeps it open at the start (Jozefowicz 2015).
+    "default": as nn.Linear draws it, U(±1 / √H). "orthogonal": W_hh h is as long as h (Saxe 2014).
+    "large": twice as long. "identity": for ReLU (Le 2015). An LSTM's forget gate gets its own bias:
+    1 keeps it open at the start (Jozefowicz 2015), ln T for T steps (Tallec 2018).
     """
     for cell in model.recurrent.cells:
         H = cell.W_hh.in_features
@@ -635,32 +655,7 @@ def initialise(model: RecurrentClassifier, init: str, forget_bias: float = 0.0) 
             cell.W_xh.bias[H : 2 * H] = forget_bias
 
 
-# What the cells and layers check
-
-
-def check_sizes(n_in: int, n_hidden: int) -> None:
-    if min(n_in, n_hidden) < 1:
-        raise ValueError(f"a cell needs at least one input and one unit, not {n_in=}, {n_hidden=}")
-
-
-def check_input(cell: nn.Module, x: Tensor, axes: str) -> None:
-    """ValueError unless x is (B, n_in), for axes "B", or (B, T, n_in) with T >= 1, for "B, T"."""
-    n_axes = 1 + len(axes.split(", "))
-    n_in = cell.W_xh.in_features
-    if x.ndim != n_axes or x.shape[-1] != n_in or (n_axes == 3 and x.shape[1] == 0):
-        raise ValueError(f"an input ({axes}, {n_in}), T >= 1, expected, not {tuple(x.shape)}")
-
-
-def check_lengths(lengths, B: int, T: int, device: torch.device) -> Tensor:
-    """Lengths of B sequences as int64 (B,) on the device; ValueError unless each is in 1 … T."""
-    given = torch.as_tensor(lengths).to(device)
-    if B == 0 and given.numel() == 0:
-        return given.long()
-    is_whole = not (given.is_floating_point() or given.is_complex() or given.dtype == torch.bool)
-    found = given.long()  # before it is compared: T may be beyond a small dtype's range
-    if not is_whole or found.shape != (B,) or ((found < 1) | (found > T)).any():
-        raise ValueError(f"lengths must be {B} whole numbers in 1 … {T}, not {given.tolist()}")
-    return found
+# States, of one cell and of all; checks
 
 
 def parts_of(state, cell: nn.Module, shape: tuple[int, ...]) -> list[Tensor]:
@@ -671,21 +666,6 @@ def parts_of(state, cell: nn.Module, shape: tuple[int, ...]) -> list[Tensor]:
     if found != [shape] * n_parts:
         raise ValueError(f"a state of {n_parts} × {shape} expected, not of shapes {found}")
     return parts
-
-
-def start_state(cell: nn.Module, state, x: Tensor, projected: Tensor):
-    """The state before the first step x (B, F): the given one, or zeros; ValueError on another
-    shape or dtype. Under autocast the products' dtype is not x's; both are welcome."""
-    shape = (len(x), cell.W_hh.in_features)
-    if state is None:
-        zeros = projected.new_zeros(shape)
-        return (zeros, zeros) if isinstance(cell, LSTMCell) else zeros
-    parts = parts_of(state, cell, shape)
-    for part in parts:
-        if part.dtype not in (x.dtype, projected.dtype):
-            raise ValueError(f"a state of the input's {x.dtype} expected, not of {part.dtype}")
-    parts = [part.to(projected.dtype) for part in parts]
-    return tuple(parts) if isinstance(cell, LSTMCell) else parts[0]
 
 
 def states_of_cells(state, cells: nn.ModuleList, B: int) -> list:
@@ -702,6 +682,35 @@ def stacked(states: list):
     if isinstance(states[0], tuple):
         return tuple(torch.stack(parts) for parts in zip(*states, strict=True))
     return torch.stack(states)
+
+
+def check_sizes(n_in: int, n_hidden: int) -> None:
+    if min(n_in, n_hidden) < 1:
+        raise ValueError(f"a cell needs at least one input and one unit, not {n_in=}, {n_hidden=}")
+
+
+def check_step(cell: nn.Module, x: Tensor) -> None:
+    n_in = cell.W_xh.in_features
+    if x.ndim != 2 or x.shape[1] != n_in:
+        raise ValueError(f"a step x must be (B, {n_in}), not {tuple(x.shape)}")
+
+
+def check_sequences(cell: nn.Module, x: Tensor) -> None:
+    n_in = cell.W_xh.in_features
+    if x.ndim != 3 or x.shape[2] != n_in or x.shape[1] == 0:
+        raise ValueError(f"x must be (B, T, {n_in}) with T >= 1, not {tuple(x.shape)}")
+
+
+def check_lengths(lengths, B: int, T: int, device: torch.device) -> Tensor:
+    """Lengths of B sequences as int64 (B,) on the device; ValueError unless each is in 1 … T."""
+    given = torch.as_tensor(lengths).to(device)
+    if B == 0 and given.numel() == 0:
+        return given.long()
+    is_whole = not (given.is_floating_point() or given.is_complex() or given.dtype == torch.bool)
+    found = given.long()  # before it is compared: T may be beyond a small dtype's range
+    if not is_whole or found.shape != (B,) or ((found < 1) | (found > T)).any():
+        raise ValueError(f"lengths must be {B} whole numbers in 1 … {T}, not {given.tolist()}")
+    return found
 
 
 # -------- Training --------------------------------------------------------------------------------
@@ -723,7 +732,7 @@ def evaluate(model: nn.Module, split: Split, config: Config = ROWS) -> dict:
         for module, flag in was_training.items():
             module.training = flag
     matrix = metrics.confusion_matrix(logits.argmax(1), split.labels, logits.shape[1])
-    loss = F.cross_entropy(logits, split.labels).item()  # stage 1 writes it out
+    loss = F.cross_entropy(logits, split.labels).item()  # by hand in stage 1
     return {**metrics.scores(matrix), "loss": loss, "confusion": matrix}
 
 
@@ -744,7 +753,7 @@ SCORES = ("loss", "accuracy", "macro_precision", "macro_recall", "macro_f1")
 def build(config: Config, device: torch.device | str = "cpu") -> RecurrentClassifier:
     """The Config's network on the device.
 
-    Seeds torch: the weights here, then batch order, mirroring and dropout of what trains it.
+    It also seeds torch, so that batch order, mirroring and dropout that follow are fixed too.
     """
     torch.manual_seed(config.seed)
     n_in = {"rows": 28, "columns": 28, "two_rows": 56, "patches": 28}[config.reading]
@@ -776,8 +785,8 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
 
 
 def learning_rate(config: Config, step: int) -> float:
-    """Of update 1 … n_steps: a line up during the warm-up, then a half cosine down to 0."""
-    progress = (step - 0.5) / config.n_steps  # its middle, so that no update has rate 0
+    """The rate of update `step`, 1 … n_steps: a line up (warm-up), then half a cosine down."""
+    progress = (step - 0.5) / config.n_steps  # the middle of the update: none has rate 0
     if progress < config.warmup:
         return config.lr * progress / config.warmup
     falling = (progress - config.warmup) / (1 - config.warmup)
@@ -787,8 +796,9 @@ def learning_rate(config: Config, step: int) -> float:
 def batches(labels: Tensor, config: Config) -> Iterator[Tensor]:
     """Indices (B,) of the batches: all images in a new random order, again and again."""
     while True:
-        order = torch.randperm(len(labels), device=labels.device)
-        if not config.shuffle:  # a mistake, to be seen: first all of class 0, then all of class 1
+        if config.shuffle:
+            order = torch.randperm(len(labels), device=labels.device)
+        else:  # a mistake, to be seen: first all of class 0, then all of class 1
             order = labels.argsort(stable=True)
         yield from order.split(config.batch_size)
 
@@ -801,7 +811,7 @@ def train(
     `objective` is the mean of the minimised loss since the row before. The other numbers are plain
     cross-entropy and accuracy in evaluation mode, on the first 5,000 of the training images in use
     and on the validation images, so that the two compare. `on_row` is given each row as it comes.
-    A loss that is not finite ends the run at the next row, which then holds it.
+    If the loss becomes inf or nan, training stops at the next row, which then holds it.
     """
     config.check()
     data = scaled_as(config, data)
@@ -879,10 +889,14 @@ GATED = replace(
 WHOLE = replace(BASE, n_hidden=128, epochs=20)
 SHORT = replace(BASE, n_hidden=128, steps=600, n_logs=10)  # 2.8 epochs: side questions
 PROBE = replace(BASE, reading="rows", n_hidden=64, steps=300, n_logs=10)  # row by row: T = 28
-SUITED_INIT = {"rnn": "orthogonal", "rnn_relu": "identity", "gru": "orthogonal"}
-SUITED_INIT["lstm"] = "orthogonal"
+SUITED_INIT = {
+    "rnn": "orthogonal",
+    "rnn_relu": "identity",
+    "gru": "orthogonal",
+    "lstm": "orthogonal",
+}
 CELL_NAMES = {"rnn": "RNN, tanh", "rnn_relu": "RNN, ReLU", "gru": "GRU", "lstm": "LSTM"}
-EXPLODING = replace(PROBE, cell="rnn_relu", init="large", optimizer="sgd", lr=0.1)
+EXPLODING = replace(PROBE, init="large", optimizer="sgd", lr=0.1, weight_decay=0.0)
 PADDED = replace(PROBE, cell="gru", init="orthogonal", crop=True, padding=28)
 
 # experiment -> what is varied -> the whole Config of its runs; every run is repeated for each seed
@@ -891,12 +905,12 @@ EXPERIMENTS: dict[str, dict[str, Config]] = {
     "rnn": {"1 layer of 256": BASE},
     "gru": {"2 layers of 256": replace(GATED, cell="gru")},
     "lstm": {"2 layers of 256": replace(GATED, cell="lstm", forget_bias=1.0)},
-    # whole trainings, 20 epochs
+    # whole trainings, 20 epochs; the LSTM's forget bias is 0 here, as nn.LSTM's
     "cell": {
         name: replace(WHOLE, cell=cell, init=SUITED_INIT[cell]) for cell, name in CELL_NAMES.items()
     },
     "units": {str(n): replace(WHOLE, n_hidden=n) for n in (16, 32, 64, 128, 256)},
-    # side questions: 600 steps, the plain RNN with ReLU, 128 units
+    # side questions about the plain RNN with ReLU, 128 units: 600 steps, but in `steps`
     "layers": {str(n): replace(SHORT, n_layers=n) for n in (1, 2, 3)},
     "steps": {f"{n:,}": replace(SHORT, steps=n) for n in (100, 300, 1000, 3000, 10_000)},
     "learning_rate": {
@@ -934,16 +948,16 @@ EXPERIMENTS: dict[str, dict[str, Config]] = {
     },
     "forget_bias": {
         name: replace(PROBE, cell="lstm", init="orthogonal", padding=112, forget_bias=bias)
-        for name, bias in (("0", 0.0), ("1", 1.0), ("ln 140", math.log(140)))
+        for name, bias in (("0", 0.0), ("1", 1.0), ("ln 140", math.log(140)))  # 28 + 112 steps
     },
     # what goes wrong, and what mends it: see FAULTS
     "faults": {
-        "tanh, nn.RNN's weights": replace(PROBE, cell="rnn", init="default"),
-        "ReLU, identity": replace(PROBE, cell="rnn_relu", init="identity"),
+        "tanh, default weights": replace(PROBE, cell="rnn", init="default"),
+        "tanh, orthogonal W_hh": replace(PROBE, cell="rnn", init="orthogonal"),
         "W_hh doubles, not clipped": replace(EXPLODING, clip=0.0),
         "W_hh doubles, norm clipped at 1": replace(EXPLODING, clip=1.0),
-        "state after the padding": PADDED,
-        "state at each one's own end": replace(PADDED, lengths=True),
+        "answer after the padding": PADDED,
+        "answer at the garment's last row": replace(PADDED, lengths=True),
         "sorted by class": replace(PROBE, shuffle=False),
         "in random order": replace(PROBE, shuffle=True),
     },
@@ -1019,7 +1033,7 @@ def execute(
             for true, counts in enumerate(matrix)
             for predicted, count in enumerate(counts)
         ]
-    if run.experiment in ("rnn", "gru") and config.seed == 0:
+    if run.experiment in ("rnn", "gru") and config.seed == 0:  # one without gates, one with
         found = read_step_by_step(model, config, data.test)
         tables["reading"] = [run.key | step for step in found]
     if run.experiment == "memory" and config.padding == 0:
@@ -1122,9 +1136,9 @@ class Fault(NamedTuple):
 
 FAULTS = {
     "vanishing gradient": Fault(
-        broken="tanh, nn.RNN's weights",
-        mended="ReLU, identity",
-        symptom="the first rows teach nothing",
+        broken="tanh, default weights",
+        mended="tanh, orthogonal W_hh",
+        symptom="almost no gradient reaches the first rows",
         measured="gradient at the start, first state / last",
         measure=gradient_ratio,
     ),
@@ -1136,8 +1150,8 @@ FAULTS = {
         measure=last_accuracy,
     ),
     "reading the padding": Fault(
-        broken="state after the padding",
-        mended="state at each one's own end",
+        broken="answer after the padding",
+        mended="answer at the garment's last row",
         symptom="empty steps wipe the state before it is read",
         measured="validation accuracy (%)",
         measure=last_accuracy,
@@ -1209,7 +1223,7 @@ def draw_all(folder: Path) -> None:
             folder / "sweep_learning_rate.png",
             rows.assign(clipping=rows["value"].str.split(", ").str[1]),
             ("lr", "error", "clipping"),
-            "Which learning rate, with and without clipping? (600 steps each)",
+            f"Which learning rate, with and without clipping? {duration_of(rows)}",
             xlabel="highest learning rate (log scale)",
             ylabel="validation error (%, log scale)",
         )
@@ -1219,7 +1233,7 @@ def draw_all(folder: Path) -> None:
             folder / "sweep_init.png",
             rows.assign(network=rows["cell"].map(CELL_NAMES)),
             ("network", "init", "percent"),
-            "Which initialisation of W_hh? (600 steps each)",
+            f"Which initialisation of W_hh? {duration_of(rows)}",
             xlabel="W_hh at the start",
             ylabel="cell",
             colorbar="validation accuracy (%)",
@@ -1231,7 +1245,7 @@ def draw_all(folder: Path) -> None:
             folder / "sweep_direction_readout.png",
             rows.assign(direction=parts.str[0], classified=parts.str[1]),
             ("direction", "classified", "percent"),
-            "Read both ways? Classify the last state or the mean? (600 steps each)",
+            f"Read both ways? Classify the last state or the mean? {duration_of(rows)}",
             xlabel="what is classified",
             ylabel="reading direction",
             colorbar="validation accuracy (%)",
@@ -1247,7 +1261,7 @@ def draw_memory(path: Path, rows: pd.DataFrame) -> None:
     names = list(CELL_NAMES.values())
     rows = rows.assign(name=rows["cell"].map(CELL_NAMES), steps_after=rows["padding"].astype(str))
     colors = metrics.colors_of(names, ordered=False)
-    title = "Who still knows the image after many empty steps? (300 training steps)\n"
+    title = f"Who still knows the image after many empty steps? {duration_of(rows)}\n"
     with metrics.picture(path, title + metrics.bands_of(rows), width=10) as axes:
         for name, found in rows.groupby("name", sort=False):
             style = {"errorbar": ("pi", 100), "err_style": "bars", "err_kws": {"capsize": 5}}
@@ -1277,7 +1291,7 @@ def draw_side_tables(folder: Path) -> None:
 
 
 def draw_state_gradients(path: Path, rows: pd.DataFrame) -> None:
-    """How much of the gradient reaches each step's state, before and after training, one axis."""
+    """How much of the gradient reaches each step's state; before and after, on one scale."""
     rows = rows.assign(name=rows["cell"].map(CELL_NAMES))
     colors = metrics.colors_of(list(CELL_NAMES.values()), ordered=False)
     title = f"How far back does the gradient reach? {metrics.bands_of(rows)}"
@@ -1286,7 +1300,7 @@ def draw_state_gradients(path: Path, rows: pd.DataFrame) -> None:
             for name, line in found.groupby("name", sort=False):
                 style = {"errorbar": ("pi", 100), "color": colors[name], "label": name}
                 metrics.draw_line(axes, line, "step", "norm", **style)
-            axes.set_title(f"{when}")
+            axes.set_title(when)
             axes.set(xlabel="step (the rows of the image, from the top)")
         metrics.log_scale(panels[0].yaxis, rows["norm"])
         panels[0].set_ylabel("norm of ∂ loss / ∂ state (log scale)")
@@ -1296,7 +1310,7 @@ def draw_state_gradients(path: Path, rows: pd.DataFrame) -> None:
 def draw_reading(path: Path, rows: pd.DataFrame, name: str) -> None:
     """Eight images, and below each the probability of every class after every step.
 
-    The right class is written in bold and marked by a frame; one scale from 0 to 1 for all.
+    The right class is marked by a frame; one scale from 0 to 1 for all.
     """
     columns = [f"p{c}" for c in range(len(CLASSES))]
     title = f"{name.upper()} (seed 0): how sure it is of each class while it reads on"
@@ -1642,7 +1656,8 @@ def run_experiments(command: RunCommand) -> None:
     with claimed(folder):
         metrics.drop_rows_of_no_run(folder)
         if command.fresh:
-            metrics.remove_runs(folder, experiments)
+            saved = metrics.load_rows(folder / "runs.csv", as_text=True)
+            metrics.remove_runs(folder, saved["experiment"].isin(experiments))
         todo, n_outdated = unfinished(runs, folder)
         workers = 1 if command.smoke else command.workers or default_workers(device)
         workers = min(workers, max(1, len(todo)))
@@ -1658,6 +1673,7 @@ def run_experiments(command: RunCommand) -> None:
                 first = Split(data.train.images[:1000], data.train.labels[:1000])
                 data = Data(first, every_20th(data.val), every_20th(data.test))
             train_and_save(todo, data, device, workers, command.dask, folder)
+        drop_outdated(runs, folder)
         print("drawing …", flush=True)
         draw_all(folder)
     print_result(folder, experiments)
@@ -1671,13 +1687,32 @@ def unfinished(runs: list[Run], folder: Path) -> tuple[list[Run], int]:
     n_outdated = 0
     for run in runs:
         row = found.get((run.experiment, run.value, str(run.config.seed)))
-        columns = config_columns(run.config)
         if row is None:
             todo.append(run)
-        elif any(row.get(name) != text for name, text in columns.items()):
+        elif not has_config(row, run.config):
             todo.append(run)
             n_outdated += 1
     return todo, n_outdated
+
+
+def has_config(row: dict, config: Config) -> bool:
+    """Whether a saved row is of this Config, but for the seed."""
+    return all(row.get(name) == text for name, text in config_columns(config).items())
+
+
+def drop_outdated(runs: list[Run], folder: Path) -> None:
+    """Remove rows of these experiments with other seeds that are no longer what the table says."""
+    table = {(run.experiment, run.value): run.config for run in runs}
+    rows = metrics.load_rows(folder / "runs.csv", as_text=True)
+    is_outdated = []
+    for row in rows.to_dict("records"):
+        config = table.get((row["experiment"], row["value"]))
+        is_named = row["experiment"] in {run.experiment for run in runs}
+        is_gone = is_named and row["value"] not in EXPERIMENTS[row["experiment"]]
+        is_outdated.append(is_gone or (config is not None and not has_config(row, config)))
+    if any(is_outdated):
+        print(f"{sum(is_outdated)} rows of other settings or values, of other seeds, are removed")
+        metrics.remove_runs(folder, np.array(is_outdated))
 
 
 def every_20th(split: Split) -> Split:
@@ -1685,7 +1720,7 @@ def every_20th(split: Split) -> Split:
 
 
 def default_workers(device: str) -> int:
-    return torch.cuda.device_count() if device == "cuda" else joblib.cpu_count()
+    return {"cuda": torch.cuda.device_count(), "mps": 1}.get(device, joblib.cpu_count())
 
 
 def device_name(device: str) -> str:
@@ -1862,39 +1897,39 @@ def name_of_changes(config: Config) -> str:
 
 
 def read_garment(path: Path) -> np.ndarray:
-    """An image file made into what Fashion-MNIST's are: (28, 28) float32 of 0 … 1, light on black.
+    """An image file made into what Fashion-MNIST's images are: (28, 28) float32, bright on black.
 
-    As the set was made (Xiao 2017, section 2): the empty margin is cut off, the longest edge made
-    28 pixels, the garment put in the middle, and a light background inverted. What differs little
-    from the background is taken for background. ValueError if the file is no image or nothing
-    stands out in it.
+    As Fashion-MNIST was made of product photos (Xiao 2017, section 2): what has the background's
+    grey is trimmed away, the longest edge becomes 28 pixels, the image is sharpened and put into
+    the middle of 28 × 28; a light background is negated. ValueError if the file is no image or
+    nothing stands out in it.
     """
     grey = read_grey(path)
     border = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
     background = np.median(border)
-    if background > (grey.min() + grey.max()) / 2:  # a garment on white
-        grey = 1 - grey
-        background = 1 - background
-    garment = (grey - background).clip(0)
-    if garment.max() < 0.1:
+    if background > (grey.min() + grey.max()) / 2:  # a garment on light ground
+        shown = (background - grey) / background
+    else:
+        shown = (grey - background) / max(1 - background, 0.1)
+    shown = shown.clip(0, 1)
+    if shown.max() < 0.1:
         raise ValueError(f"{path}: no garment to be seen, the image is nearly even")
-    garment = garment / garment.max()
-    is_garment = garment > 0.05
-    pieces, n_pieces = ndimage.label(is_garment, np.ones((3, 3)))
-    sizes = ndimage.sum_labels(is_garment, pieces, range(1, n_pieces + 1))
-    is_garment = np.isin(pieces, 1 + np.flatnonzero(sizes > 0.02 * sizes.max()))  # no specks
+
+    pieces, n_pieces = ndimage.label(shown > 0.05, np.ones((3, 3)))
+    sizes = ndimage.sum_labels(shown, pieces, range(1, n_pieces + 1))
+    is_garment = np.isin(pieces, 1 + np.flatnonzero(sizes > 0.05 * sizes.max()))  # no dirt
     rows = np.flatnonzero(is_garment.any(1))
     columns = np.flatnonzero(is_garment.any(0))
-    garment = garment[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    shown = np.where(is_garment, shown, 0)[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
 
-    height, width = (max(1, round(28 * side / max(garment.shape))) for side in garment.shape)
-    shrunk = Image.fromarray(garment.astype(np.float32)).resize(
-        (width, height), Image.Resampling.BOX
-    )
+    height, width = (max(1, round(28 * side / max(shown.shape))) for side in shown.shape)
+    shrunk = Image.fromarray(shown.astype(np.float32)).resize((width, height), Image.Resampling.BOX)
+    eight_bits = Image.fromarray((255 * np.asarray(shrunk)).round().astype(np.uint8))
+    sharp = eight_bits.filter(ImageFilter.UnsharpMask(radius=1, percent=50, threshold=0))
     top = (28 - height) // 2
     left = (28 - width) // 2
     image = np.zeros((28, 28), np.float32)
-    image[top : top + height, left : left + width] = np.asarray(shrunk)
+    image[top : top + height, left : left + width] = np.asarray(sharp) / 255
     return image
 
 
@@ -1999,9 +2034,10 @@ def benchmark(command: BenchmarkCommand) -> None:
                     rows.append(row | {"ratio": ours / theirs} | origin)
                     print(f"{ours / theirs:.2f}  {cell.upper()}, {H} units, batch {B}", flush=True)
         metrics.replace_rows(folder, {"benchmark": rows}, [])
-        draw_side_tables(folder)
         if (folder / "runs.csv").exists():
             draw_all(folder)
+        else:
+            draw_side_tables(folder)
     print(f"table and picture: {folder / 'benchmark.png'}")
 
 
@@ -2033,12 +2069,12 @@ def time_steps(
     threads = torch.get_num_threads()
     models = [RecurrentClassifier(cell, 28, H), Theirs()]
     milliseconds = [[], []]
-    for _ in range(6):
+    for _ in range(5):
         for model, times in zip(models, milliseconds, strict=True):
             work = partial(train_steps, model.to(images.device))
             timer = Timer("work()", globals={"work": work}, num_threads=threads)
-            times.append(1000 * timer.timeit(1).mean / n_steps)
-    ours, theirs = (float(np.median(times[1:])) for times in milliseconds)  # 0: warm-up
+            times.append(1000 * timer.timeit(1).mean / n_steps)  # which warms up by itself
+    ours, theirs = (float(np.median(times)) for times in milliseconds)
     return ours, theirs
 
 

@@ -325,6 +325,14 @@ def test_what_is_finished_is_found_and_what_is_outdated_is_trained_again(
 
     assert stage.main([*command, "--fresh"]) == 0
     assert len(trained) == 3
+    # of another seed, with settings that are no longer the table's, or of a value that is gone
+    rows = rows_of(folder)
+    old = [rows.head(1).assign(seed="1", lr="0.25"), rows.head(1).assign(value="gone")]
+    metrics.save_rows(folder / "runs.csv", pd.concat([rows, *old]))
+    capsys.readouterr()
+    assert stage.main(command) == 0
+    assert "2 rows of other settings" in capsys.readouterr().out
+    pd.testing.assert_frame_equal(rows_of(folder), rows)
 
 
 def test_two_workers_give_the_rows_of_one(stage, tmp_path, folder_of):

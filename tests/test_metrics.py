@@ -224,7 +224,8 @@ def test_rows_that_get_a_new_column_keep_their_text(tmp_path):
 def test_runs_are_forgotten_with_all_that_is_known_of_them(tmp_path):
     for experiment, value in ORDER:
         metrics.replace_rows(tmp_path, run_rows(experiment, value, 0, 0.5), ORDER)
-    metrics.remove_runs(tmp_path, ["depth"])
+    runs = metrics.load_rows(tmp_path / "runs.csv", as_text=True)
+    metrics.remove_runs(tmp_path, runs["experiment"] == "depth")
     for table in ("runs", "history"):
         rows = metrics.load_rows(tmp_path / f"{table}.csv")
         assert set(rows["experiment"]) == {"width"}
