@@ -8,13 +8,15 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import assert_equal, gradients
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
-import runner
+import metrics
 import stage3_attention as stage
 from stage3_attention import (
     GroupedQueryAttention,
@@ -26,7 +28,6 @@ from stage3_attention import (
 
 # every axis another size; two query heads share a key/value head
 B, H, G, T, S, D = 2, 6, 3, 5, 7, 24
-CPU = torch.device("cpu")
 SMALL = stage.Config(
     readout="mean",
     d_model=24,
@@ -37,12 +38,13 @@ SMALL = stage.Config(
     steps=12,
     n_logs=3,
 )
-POSITIONS = stage.CHOICES["position"]
+POSITIONS = ["none", "learned", "sinusoidal", "relative", "rotary"]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def data():
-    return stage.load_data(stage.Config())
+    torch.set_num_threads(1)
+    return stage.load_data()
 
 
 @pytest.fixture(autouse=True)
@@ -215,6 +217,28 @@ def test_half_precision_keeps_its_dtype_and_stays_finite(dtype):
     torch.testing.assert_close(found, exact, rtol=0, atol=0.05)
 
 
+def test_a_float32_mask_is_added_before_anything_is_rounded():
+    q = torch.zeros(1, 1, 1, 4, dtype=torch.bfloat16)  # bfloat16 makes 256 of 257
+    k = torch.zeros(1, 1, 2, 4, dtype=torch.bfloat16)
+    _, weights = attention(q, k, k, torch.tensor([[256.0, 257.0]]))
+    expected = torch.tensor([1 / (1 + math.e), math.e / (1 + math.e)], dtype=torch.bfloat16)
+    assert weights.flatten().tolist() == expected.tolist()
+    assert expected.tolist() == pytest.approx([0.269, 0.731], abs=0.002)
+
+
+def test_float16_scores_beyond_its_range_are_float32s_rounded():
+    """q · k / √d = 60,000 · √64 for the first key: more than 65,504."""
+    q = torch.full((1, 2, 3, 64), 300.0, dtype=torch.float16)
+    k = torch.full((1, 1, 5, 64), 100.0, dtype=torch.float16)
+    k[:, :, 1:] = torch.randn(1, 1, 4, 64).half()
+    v = torch.randn(1, 1, 5, 6).half()
+    assert (q.float() @ k.float().mT / 8).max() > 65_504
+    out, weights = attention(q, k, v)
+    expected = attention(q.float(), k.float(), v.float())
+    assert torch.equal(weights, expected[1].half())
+    torch.testing.assert_close(out, expected[0].half())
+
+
 def test_a_float16_product_beyond_its_range_is_divided_first():
     q = torch.full((1, 1, 3, 64), 40.0, dtype=torch.float16)  # q · k = 102,400
     out, weights = attention(q, q, torch.ones_like(q))
@@ -270,6 +294,23 @@ def test_multi_head_equals_torchs(cross, masked):
     assert_equal([torch.cat(dW)], whole)
 
 
+def test_multi_head_by_itself_is_the_grouped_one_at_its_end():
+    x, c = randn(B, T, D), randn(B, S, D)
+    plain, general = MultiHeadAttention(D, H).double(), GroupedQueryAttention(D, H, H).double()
+    general.load_state_dict(plain.state_dict())
+    assert not isinstance(plain, GroupedQueryAttention)
+    for context, options in (
+        (None, {}),
+        (None, {"causal": True}),
+        (c, {"mask": torch.rand(T, S) < 0.6}),
+    ):
+        assert_equal(plain(x, context, **options), general(x, context, **options), tolerance=0)
+    caches = [KVCache(B, H, 9, D // H, dtype=torch.float64) for _ in range(2)]
+    for part in x.split([2, 3], 1):
+        mine = plain(part, causal=True, cache=caches[0])
+        assert_equal(mine, general(part, causal=True, cache=caches[1]), tolerance=0)
+
+
 def test_the_two_ends_are_the_general_one():
     x = randn(B, T, D)
     for end, groups in ((MultiHeadAttention(D, H), H), (MultiQueryAttention(D, H), 1)):
@@ -305,7 +346,7 @@ def test_parameters_and_no_ready_made_attention():
         g: sum(p.numel() for p in GroupedQueryAttention(D, H, g).parameters()) for g in (1, 3, 6)
     }
     assert count == {g: 2 * D * (D + 1) + 2 * g * (D // H) * (D + 1) for g in count}
-    model = stage.build(SMALL, CPU)
+    model = stage.build(SMALL)
     own = (stage.AttentionClassifier, stage.Block, GroupedQueryAttention)
     plain = (nn.Linear, nn.LayerNorm, nn.GELU, nn.Dropout, nn.Sequential, nn.ModuleList)
     assert all(isinstance(m, own + plain) for m in model.modules())
@@ -315,6 +356,12 @@ def test_parameters_and_no_ready_made_attention():
         names = {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)}
         if {"MultiheadAttention", "scaled_dot_product_attention"} & names:
             assert node.name == "benchmark"
+
+
+def test_the_scale_is_an_argument_as_torchs():
+    q, k, v = qkv()
+    ours, _ = attention(q, k, v, scale=0.3)
+    assert_equal([ours], [F.scaled_dot_product_attention(q, k, v, scale=0.3, enable_gqa=True)])
 
 
 def test_unscaled_scores_are_sqrt_d_times_as_large():
@@ -338,7 +385,7 @@ def test_rotary_turns_pairs_by_the_papers_angles():
             a * math.sin(angle) + b * math.cos(angle),
         ]
         assert turned[0, 0, t, 2 * i : 2 * i + 2].tolist() == pytest.approx(
-            expected, rel=1e-5, abs=1e-6
+            expected, rel=1e-12, abs=1e-12
         )
 
 
@@ -348,16 +395,18 @@ def test_rotary_scores_depend_on_the_distance_alone():
     scores = (stage.rotated(x, 3) @ stage.rotated(y, 3).mT)[0, 0]
     for distance in range(-8, 9):
         diagonal = scores.diagonal(distance)
-        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            diagonal, diagonal[:1].expand_as(diagonal), rtol=1e-11, atol=1e-11
+        )
     assert scores[0].std() > 0.1
 
 
 def test_sinusoids_are_the_papers():
-    table = stage.sinusoids(4, 3, 7, CPU)
+    table = stage.sinusoids(4, 3, 7, torch.float64, "cpu")
     for t, i in itertools.product(range(3), range(7)):
         angle = (4 + t) / 10_000 ** (2 * (i // 2) / 7)
         assert table[t, i].item() == pytest.approx(
-            math.cos(angle) if i % 2 else math.sin(angle), abs=1e-5
+            math.cos(angle) if i % 2 else math.sin(angle), abs=1e-12
         )
 
 
@@ -376,9 +425,25 @@ def test_relative_positions_add_the_product_with_the_distances_vector():
     assert_equal([layer(x, mask=mask)[1]], [scores.masked_fill(~mask, -math.inf).softmax(-1)])
 
 
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_angles_do_not_depend_on_the_default_dtype(default):
+    x = torch.randn(1, 2, 5, 8)
+    before = stage.rotated(x, 254), stage.sinusoids(254, 5, 8, torch.float32, "cpu")
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        after = stage.rotated(x, 254), stage.sinusoids(254, 5, 8, torch.float32, "cpu")
+        half = stage.angles(254, 5, 8, torch.bfloat16, "cpu")
+    finally:
+        torch.set_default_dtype(usual)
+    assert_equal(before, after, tolerance=0)
+    assert half.dtype == torch.float32
+    assert half[:, 0].tolist() == [254, 255, 256, 257, 258]
+
+
 @pytest.mark.parametrize("position", POSITIONS)
 def test_only_a_network_with_positions_notices_the_order(position):
-    model = stage.build(replace(SMALL, position=position), CPU).double().eval()
+    model = stage.build(replace(SMALL, position=position)).double().eval()
     images, order = torch.randn(3, 28, 28, dtype=torch.float64), torch.randperm(28)
     difference = (model(images) - model(images[:, order])).abs().max()
     assert difference < 1e-12 if position == "none" else difference > 1e-4
@@ -406,14 +471,15 @@ def test_dropout_takes_the_same_features_of_all_tokens_and_only_in_training():
 @pytest.mark.parametrize("position", POSITIONS)
 @pytest.mark.parametrize("chunks", [[28], [1] * 28, [5, 1, 1, 9, 12], [27, 1]])
 def test_cached_equals_uncached(position, chunks):
-    model = stage.build(replace(SMALL, position=position, causal=True), CPU).double().eval()
+    model = stage.build(replace(SMALL, position=position, causal=True)).double().eval()
     x = torch.randn(3, 28, 28, dtype=torch.float64)
     whole, weights = model.states(x)
     caches = model.caches(3, 28)
     for _ in range(2):  # a cache that was reset is as good as new
         parts = [model.states(part, caches=caches) for part in x.split(chunks, 1)]
         assert_equal([torch.cat([states for states, _ in parts], 1)], [whole], tolerance=1e-9)
-        assert_equal([parts[-1][1]], [weights[:, :, -chunks[-1] :]], tolerance=1e-9)
+        for part, own in zip(parts[-1][1], weights, strict=True):  # of every block
+            assert_equal([part], [own[:, :, -chunks[-1] :]], tolerance=1e-9)
         assert [cache.length for cache in caches] == [28, 28]
         for cache in caches:
             cache.reset()
@@ -465,7 +531,7 @@ def test_a_mask_that_does_not_fit_is_refused_before_the_cache_takes_anything_up(
         torch.ones(B, H, 2, 3),
         torch.ones(2, T, dtype=torch.int64),
     ):
-        with pytest.raises(ValueError, match="no bool or float mask"):
+        with pytest.raises(ValueError, match="a bool or float mask must broadcast"):
             layer(x[:, 3:], mask=mask, cache=cache)
         assert cache.length == 3
     fits = torch.ones(2, T, dtype=torch.bool)
@@ -474,6 +540,40 @@ def test_a_mask_that_does_not_fit_is_refused_before_the_cache_takes_anything_up(
         [part[..., -2:, :] for part in layer(x)],
         tolerance=1e-5,
     )
+
+
+def test_a_failed_call_leaves_every_cache_of_every_block_as_it_was():
+    model = stage.build(replace(SMALL, causal=True, position="rotary")).double().eval()
+    x = torch.randn(B, 6, 28, dtype=torch.float64)
+    caches = model.caches(B, 9)
+    model.states(x[:, :2], caches=caches)
+    small = [caches[0], KVCache(B, G, 3, 4, dtype=torch.float64)]
+    small[1].append(*torch.randn(2, B, G, 2, 4, dtype=torch.float64))
+    fails = [
+        (caches[:1], {}),
+        ([*caches, KVCache(B, G, 9, 4)], {}),
+        (small, {}),  # the second block has no room after the first has appended
+        (caches, {"mask": torch.ones(2, 2, dtype=torch.bool)}),
+        (caches, {"mask": torch.ones(4, 6)[None, None, None]}),
+        ([caches[0], KVCache(B, G, 9, 4)], {}),  # float32
+    ]
+    for given, options in fails:
+        before = [cache.length for cache in given]
+        with pytest.raises(ValueError):
+            model.states(x[:, 2:], caches=given, **options)
+        assert [cache.length for cache in given] == before
+    after, _ = model.states(x[:, 2:], caches=caches)
+    assert_equal([after], [model.states(x)[0][:, 2:]], tolerance=1e-9)
+
+
+def test_an_end_that_fails_after_the_append_leaves_the_cache_too(monkeypatch):
+    for layer in (MultiHeadAttention(D, H), GroupedQueryAttention(D, H, H)):
+        cache = KVCache(B, H, 9, D // H)
+        layer(torch.randn(B, 2, D), cache=cache)
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(stage, "attention", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            layer(torch.randn(B, 2, D), cache=cache)
+        assert cache.length == 2
 
 
 def test_autograd_refuses_to_go_back_past_a_later_append():
@@ -508,21 +608,21 @@ def test_what_is_wrong_is_quoted():
         (lambda: GroupedQueryAttention(D, H, 4), "n_kv_heads=4"),
         (lambda: GroupedQueryAttention(D, H, 0), "n_kv_heads=0"),
         (lambda: MultiHeadAttention(D, 0), "n_heads=0"),
-        (lambda: MultiHeadAttention(D, H, position="absolute"), "absolute"),
-        (lambda: MultiHeadAttention(18, H, position="rotary"), "d_head=3"),
+        (lambda: MultiQueryAttention(D, H, position="absolute"), "absolute"),
+        (lambda: GroupedQueryAttention(18, H, G, "rotary"), "even, not d_head=3"),
         (lambda: MultiHeadAttention(D, H)(torch.randn(B, T, D + 1)), "(2, 5, 25)"),
         (lambda: MultiHeadAttention(D, H)(torch.randn(T, D)), "(5, 24)"),
         (
             lambda: MultiHeadAttention(D, H)(torch.randn(B, T, D), torch.randn(B + 1, S, D)),
             "(3, 7, 24)",
         ),
-        (lambda: MultiHeadAttention(D, H, position="rotary")(*torch.randn(2, B, T, D)), "rotary"),
+        (lambda: GroupedQueryAttention(D, H, G, "rotary")(*torch.randn(2, B, T, D)), "rotary"),
         (lambda: KVCache(B, G, 0, 4), "capacity=0"),
         (lambda: KVCache(B, G, 9, 4).append(k[:, :2], v[:, :2]), "(2, 2, 7, 4)"),
         (lambda: KVCache(B, G, 9, 4).append(k, v[:, :, 1:]), "(2, 3, 6, 4)"),
         (lambda: KVCache(B, G, 9, 4).append(k[0], v[0]), "(3, 7, 4)"),
         (lambda: KVCache(B, G, 9, 4).append(k.double(), v.double()), "torch.float64"),
-        (lambda: stage.build(SMALL, CPU).states(torch.randn(B, 29, 28)), "29"),
+        (lambda: stage.build(SMALL).states(torch.randn(B, 29, 28)), "29"),
     ]
     for call, quoted in wrong:
         with pytest.raises(ValueError) as raised:
@@ -540,220 +640,3 @@ def test_inputs_and_masks_are_never_changed():
         layer(x, mask=mask, causal=True)
         assert torch.equal(x, before[0])
         assert torch.equal(mask, before[1])
-
-
-# ---- tokens and training ----
-
-
-def test_tokens():
-    images = torch.arange(2 * 784).reshape(2, 28, 28).float()
-    rows, mask = stage.tokens_of(images, SMALL)
-    assert torch.equal(rows, images)
-    assert mask is None
-    patches, _ = stage.tokens_of(images, replace(SMALL, tokens="patches"))
-    assert patches.shape == (2, 49, 16)
-    for i, j in itertools.product(range(7), range(7)):
-        assert torch.equal(
-            patches[:, 7 * i + j].view(2, 4, 4), images[:, 4 * i : 4 * i + 4, 4 * j : 4 * j + 4]
-        )
-    padded, mask = stage.tokens_of(images, replace(SMALL, padding=3))
-    assert torch.equal(padded[:, :28], images)
-    assert not padded[:, 28:].any()
-    assert mask[0, 0, 0].tolist() == [True] * 28 + [False] * 3
-    assert stage.tokens_of(images, replace(SMALL, padding=3, masked=False))[1] is None
-
-
-@pytest.mark.parametrize("position", POSITIONS[1:])
-def test_masked_padding_changes_nothing(position):
-    model = stage.build(replace(SMALL, position=position, padding=5), CPU).double().eval()
-    x, mask = stage.tokens_of(torch.randn(3, 28, 28, dtype=torch.float64), model.config)
-    other = x.clone()
-    other[:, 28:] = 1e6 * torch.randn(3, 5, 28, dtype=torch.float64)
-    assert_equal([model.classify(other, mask)], [model.classify(x, mask)], tolerance=0)
-    assert_equal([model.classify(x[:, :28])], [model.classify(x, mask)], tolerance=1e-9)
-    assert (model.classify(x) - model.classify(x, mask)).abs().max() > 1e-4
-
-
-def test_the_readout_is_of_all_states_side_by_side_or_of_their_mean():
-    x = torch.randn(3, 28, 28)
-    for readout, how in (
-        ("all", lambda states: states.reshape(3, 28 * 24)),
-        ("mean", lambda states: states.sum(1) / 28),
-    ):
-        model = stage.build(replace(SMALL, readout=readout), CPU).eval()
-        assert_equal([model(x)], [model.out(how(model.states(x)[0]))], tolerance=1e-5)
-    with pytest.raises(ValueError, match="28 tokens are read side by side, not of 27"):
-        stage.build(replace(SMALL, readout="all"), CPU).classify(x[:, :27])
-    for masked in (True, False):  # with padding, of the true tokens or of all
-        model = stage.build(replace(SMALL, readout="all", padding=4, masked=masked), CPU)
-        assert model(x).shape == (3, 10)
-        assert model.out.in_features == (28 if masked else 32) * 24
-
-
-def test_a_training_step_equals_torchs(data):
-    """The same step with torch's encoder layers, written out, from the same weights and the same
-    batch.
-    """
-    config = replace(
-        SMALL,
-        n_kv_heads=H,
-        steps=1,
-        n_logs=1,
-        dropout=0.0,
-        bfloat16=False,
-        warmup=0.0,
-        position="learned",
-    )
-    start, end = stage.build(config, CPU), stage.train(config, data)[0]
-    layers = [
-        nn.TransformerEncoderLayer(24, H, 48, 0.0, F.gelu, batch_first=True, norm_first=True)
-        for _ in range(2)
-    ]
-    for layer, block in zip(layers, start.blocks, strict=True):
-        own = block.attention
-        with torch.no_grad():
-            layer.self_attn.in_proj_weight.copy_(
-                torch.cat([W.weight for W in (own.W_q, own.W_k, own.W_v)])
-            )
-            layer.self_attn.in_proj_bias.copy_(
-                torch.cat([W.bias for W in (own.W_q, own.W_k, own.W_v)])
-            )
-        layer.self_attn.out_proj.load_state_dict(own.W_o.state_dict())
-        layer.linear1.load_state_dict(block.mlp[0].state_dict())
-        layer.linear2.load_state_dict(block.mlp[2].state_dict())
-        layer.norm1.load_state_dict(block.norm_1.state_dict())
-        layer.norm2.load_state_dict(block.norm_2.state_dict())
-    net = nn.ModuleList([start.W_in, start.norm, start.out, *layers])
-    parameters = [*net.parameters(), start.places]
-    groups = [[p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim == 1]]
-    groups = [
-        {"params": g, "weight_decay": w}
-        for g, w in zip(groups, (config.weight_decay, 0.0), strict=True)
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=config.lr * runner.one_cycle(config, 0))
-    stage.build(config, CPU)  # leaves the generator where training begins to draw
-    batch = torch.randperm(config.n_train)[: config.batch_size]
-    x = start.W_in(data.train.images[batch]) + start.places
-    for layer in layers:
-        x = layer(x)
-    logits = start.out(start.norm(x).mean(1))
-    F.cross_entropy(
-        logits, data.train.labels[batch], label_smoothing=config.label_smoothing
-    ).backward()
-    nn.utils.clip_grad_norm_(parameters, config.clip)
-    optimizer.step()
-    trained = [
-        end.W_in.weight,
-        end.places,
-        end.out.bias,
-        end.blocks[1].mlp[0].weight,
-        end.blocks[0].norm_1.weight,
-    ]
-    expected = [
-        start.W_in.weight,
-        start.places,
-        start.out.bias,
-        layers[1].linear1.weight,
-        layers[0].norm1.weight,
-    ]
-    expected += [*layers[0].self_attn.in_proj_weight.chunk(3), layers[1].self_attn.out_proj.weight]
-    attentions = [block.attention for block in end.blocks]
-    trained += [
-        W.weight
-        for W in (attentions[0].W_q, attentions[0].W_k, attentions[0].W_v, attentions[1].W_o)
-    ]
-    # Adam's first step is ±lr wherever the gradient is not tiny, so the sign of a rounding error
-    # shows: but for few
-    for mine, other in zip(trained, expected, strict=True):
-        assert ((mine - other).abs() < 1e-6).double().mean() > 0.99
-
-
-@pytest.mark.skipif(
-    not runner.has_bfloat16(CPU), reason="this processor has no bfloat16 instructions"
-)
-def test_bfloat16_trains_nearly_as_float32_and_leaves_float32_weights(data):
-    histories = []
-    for bfloat16 in (True, False):
-        model, history = stage.train(replace(SMALL, bfloat16=bfloat16, steps=40), data)
-        assert {p.dtype for p in model.parameters()} == {torch.float32}
-        histories.append(history[-1])
-    assert histories[0]["train_loss"] != histories[1]["train_loss"]
-    assert histories[0]["train_loss"] == pytest.approx(histories[1]["train_loss"], rel=0.02)
-
-
-# ---- experiments ----
-
-
-def test_the_demo_finds_who_shares_what():
-    config = stage.Config(d_model=24, n_heads=6, n_kv_heads=6)
-    tables = stage.demo(config, None, None, 1)
-    for variant, group_size in (("MHA", 1), ("GQA", 3), ("MQA", 6)):
-        links = [row for row in tables["sharing"] if row["variant"] == variant]
-        assert len(links) == 6 * (6 // group_size)
-        for link in links:
-            assert (link["change"] > 0) == (link["query_head"] // group_size == link["kv_head"])
-        rows = [row for row in tables["demo"] if row["variant"] == variant]
-        assert len(rows) == 36
-        for row in rows:
-            weights = [float(w) for w in row["weights"].split()]
-            assert sum(weights) == pytest.approx(1, abs=0.004)  # of three digits each
-            assert row["row_error"] < 1e-6
-            own = -sum(w * math.log(w) for w in weights if w)
-            assert row["entropy"] == pytest.approx(own, abs=0.02)
-            assert row["entropy"] <= math.log(6) + 1e-6
-        means = [sum(row[key] for row in rows) / 36 for key in ("entropy", "unscaled")]
-        assert means[0] > means[1]  # without 1/√d the softmax is sharper
-    again = stage.demo(config, None, None, 1)
-    assert again == tables
-
-
-def test_the_plain_formula_fails_where_ours_does_not():
-    rows = stage.arithmetic(stage.Config(), None, None, 1)["arithmetic"]
-    assert [row["plain"] > 0 for row in rows] == [True, True]
-    assert [row["ours"] for row in rows] == [0, 0]
-
-
-def test_decoding_gives_the_causal_models_logits_and_not_the_others(data):
-    images = data.val.images[::500]
-    for causal in (True, False):
-        model = stage.build(replace(SMALL, causal=causal), CPU).eval()
-        decoded = stage.decode(model, stage.tokens_of(images, model.config)[0])
-        difference = (decoded - model(images)).abs().max().item()
-        assert difference < 1e-5 if causal else difference > 1e-3
-
-
-def test_softmax_state_is_of_the_last_blocks_weights_and_all_score_weights(data):
-    model = stage.build(replace(SMALL, dropout=0.0), CPU)
-    found = stage.softmax_state(model, data)
-    images, labels = data.val.images[::10], data.val.labels[::10]
-    F.cross_entropy(model(images), labels).backward()
-    squares = [
-        W.weight.grad.square().sum()
-        for b in model.blocks
-        for W in (b.attention.W_q, b.attention.W_k)
-    ]
-    assert found["gradient norm"] == pytest.approx(sum(squares).sqrt().item(), rel=1e-5)
-    _, weights = model.states(images)
-    own = -(weights * weights.clamp_min(1e-38).log()).sum(-1).mean().item()
-    assert found["entropy (nats)"] == pytest.approx(own, rel=1e-5)
-
-
-def test_maps_hold_the_weights_of_the_last_block(data):
-    model = stage.build(SMALL, CPU)
-    rows = stage.attention_maps(model, data.test)
-    _, weights = model.eval().states(data.test.images[:3])
-    assert len(rows) == 3 * H * 28
-    for row in rows[:: 3 * 28 + 5]:
-        expected = weights[row["image"], row["head"], row["query"]].tolist()
-        assert [float(w) for w in row["weights"].split()] == pytest.approx(expected, abs=6e-4)
-
-
-def test_the_cache_bytes_of_a_run_are_those_of_its_caches(data):
-    for groups in (1, 3, 6):
-        tables = stage.execute(
-            runner.Run("kv_heads", "", replace(SMALL, n_kv_heads=groups, steps=2, n_logs=1)),
-            data,
-            None,
-        )
-        # blocks, k and v, G, S, d, bytes
-        assert tables["runs"][0]["cache_bytes"] == 2 * 2 * groups * 28 * 4 * 4
