@@ -359,6 +359,8 @@ def draw_sequences(wardrobe: Wardrobe, B: int, n: int, generator=None) -> tuple[
 
 
 LABEL_SIZE = 10.0  # of the label's number in a token, whose 784 pixels have the length 28
+N_SEQUENCES = 2_000  # of validation and training images, to judge recall by
+N_TEST = 10_000  # test images, or sequences of them
 
 
 def sequences_of(split: Split, n_sequences: int) -> Split:
@@ -802,6 +804,33 @@ def sizes_of(config: Config) -> tuple[int, int, int]:
 # -------- Training --------------------------------------------------------------------------------
 
 
+def logits_of(model: AttentionClassifier, images: Tensor) -> Tensor:
+    """Images (B, 28, 28), or sequences of recall -> tokens -> logits (B, C)."""
+    tokens, mask = tokens_of(images, model.config)
+    return model(tokens, mask)
+
+
+def evaluate(model: AttentionClassifier, split: Split) -> dict:
+    """Loss (nats), accuracy, macro precision, recall and F1 (0 … 1) and the confusion matrix.
+
+    Without gradients and with dropout off; every module gets its own training flag back.
+    """
+    was_training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():  # in parts: the scores of all images at once are many numbers
+            logits = torch.cat([logits_of(model, part) for part in split.images.split(250)])
+    finally:
+        for module, flag in was_training.items():
+            module.training = flag
+    matrix = metrics.confusion_matrix(logits.argmax(1), split.labels, logits.shape[1])
+    loss = F.cross_entropy(logits, split.labels).item()
+    return {**metrics.scores(matrix), "loss": loss, "confusion": matrix}
+
+
+SCORES = ("loss", "accuracy", "macro_precision", "macro_recall", "macro_f1")
+
+
 def build(config: Config, device: torch.device | str = "cpu") -> AttentionClassifier:
     """The Config's network on the device.
 
@@ -809,3 +838,568 @@ def build(config: Config, device: torch.device | str = "cpu") -> AttentionClassi
     """
     torch.manual_seed(config.seed)
     return AttentionClassifier(config).to(device)
+
+
+def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
+    """AdamW; weights decay, biases and the norms' factors do not."""
+    weights = [p for p in model.parameters() if p.ndim > 1]
+    biases = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [
+        {"params": weights, "weight_decay": config.weight_decay},
+        {"params": biases, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, config.lr, fused=True)
+
+
+def learning_rate(config: Config, step: int) -> float:
+    """Of update 1 … n_steps: a line up during the warm-up, then a half cosine down to 0."""
+    progress = (step - 0.5) / config.n_steps  # its middle, so that no update has rate 0
+    if progress < config.warmup:
+        return config.lr * progress / config.warmup
+    falling = (progress - config.warmup) / (1 - config.warmup)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * falling))
+
+
+def batches(n: int, batch_size: int, device: torch.device) -> Iterator[Tensor]:
+    """Indices (B,) of the batches: all n images in a new random order, again and again."""
+    while True:
+        yield from torch.randperm(n, device=device).split(batch_size)
+
+
+def judged_on(split: Split, config: Config, n_most: int) -> Split:
+    """The first n_most images of a split; of recall as many sequences made of all its images."""
+    n = min(n_most, len(split.labels))
+    if config.task == "recall":
+        return sequences_of(split, n)
+    return Split(split.images[:n], split.labels[:n])
+
+
+def train(
+    config: Config,
+    data: Data,
+    on_row: Callable[[dict], None] | None = None,
+    model: AttentionClassifier | None = None,
+) -> tuple[AttentionClassifier, list[dict]]:
+    """Train the Config's network: the model, and a history row at n_logs evenly spaced steps.
+
+    `objective` is the mean of the minimised loss since the row before. The other numbers are plain
+    cross-entropy and accuracy in evaluation mode, on the first 5,000 of the training images in use
+    and on the validation images (of recall, on 2,000 sequences of each), so that the two compare.
+    `on_row` is given each row as it comes. A `model` that is given is trained on, instead of a new
+    one. Between rows nothing waits for the device. A loss that is not finite ends the run at the
+    next row, which then holds it.
+    """
+    config.check()
+    images = data.train.images[: config.n_train]
+    labels = data.train.labels[: config.n_train]
+    device = images.device
+    n_most = N_VAL if config.task == "clothes" else N_SEQUENCES
+    train_sample = judged_on(Split(images, labels), config, n_most)
+    val = judged_on(data.val, config, n_most)
+    wardrobe = wardrobe_of(Split(images, labels))
+    garments = np.random.default_rng(config.seed)  # how many of them each batch of recall has
+
+    model = build(config, device) if model is None else model
+    optimizer = make_optimizer(model, config)
+    n_steps = config.n_steps
+    log_steps = {math.ceil(n_steps * (i + 1) / config.n_logs) for i in range(config.n_logs)}
+    history = []
+    loss_sum = torch.zeros((), device=device)
+    last_log = 0
+    start = time.perf_counter()
+
+    endless = batches(len(images), config.batch_size, device)
+    for step, batch in enumerate(itertools.islice(endless, n_steps), 1):
+        if config.task == "clothes":
+            tokens, mask = tokens_of(images[batch], config)  # (B, T, F), (1, 1, 1, T) or None
+            y = labels[batch]  # (B,)
+        else:
+            n = int(garments.integers(config.fewest, N_GARMENTS + 1))
+            tokens, y = draw_sequences(wardrobe, len(batch), n)  # (B, n + 1, F), (B,)
+            mask = None
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, step)
+
+        logits = model(tokens, mask)  # (B, C)
+        loss = F.cross_entropy(logits, y, label_smoothing=config.label_smoothing)
+        optimizer.zero_grad()
+        loss.backward()
+        if config.clip > 0:
+            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)  # before clipping
+        elif step in log_steps:
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            grad_norm = nn.utils.get_total_norm(gradients)
+        optimizer.step()
+        loss_sum += loss.detach()
+
+        if step in log_steps:
+            row = {"step": step, "epoch": step / math.ceil(len(images) / config.batch_size)}
+            row["objective"] = loss_sum.item() / (step - last_log)
+            training = evaluate(model, train_sample)
+            validation = evaluate(model, val)
+            row |= {"train_loss": training["loss"], "train_accuracy": training["accuracy"]}
+            row |= {f"val_{name}": validation[name] for name in SCORES}
+            row["grad_norm"] = grad_norm.item()
+            row["seconds"] = time.perf_counter() - start
+            history.append(row)
+            if on_row is not None:
+                on_row(row)
+            if status(history) == "diverged":
+                break
+            last_log = step
+            loss_sum.zero_()
+    return model, history
+
+
+def status(history: list[dict]) -> str:
+    """Whether a run's last losses are finite: "ok" or "diverged"."""
+    is_finite = math.isfinite(history[-1]["objective"]) and math.isfinite(history[-1]["val_loss"])
+    return "ok" if is_finite else "diverged"
+
+
+# -------- Experiments -----------------------------------------------------------------------------
+
+BASE = Config()  # 14 epochs, 3,010 steps
+SHORT = replace(BASE, d_model=64, batch_size=128, steps=300, n_logs=6)  # side questions
+MEAN_OF_ROWS = replace(SHORT, readout="mean")  # which tells nothing of a row's place by itself
+PADDED = replace(MEAN_OF_ROWS, position="none", padding=28)  # as many zeros as rows
+STEEP = replace(SHORT, lr=0.02, clip=0.0, n_blocks=4)
+ONE_HEAD = replace(SHORT, n_heads=1, n_kv_heads=1, dropout=0.0, steps=150)
+RECALL = replace(
+    BASE,
+    task="recall",
+    position="none",  # the garments are a set
+    readout="last",
+    d_ff=384,
+    dropout=0.0,
+    label_smoothing=0.0,
+    lr=2e-3,
+    weight_decay=0.1,
+    warmup=0.1,
+    batch_size=128,
+    steps=6000,
+)
+# what fewer key/value heads save goes into the feed-forward part: parameters within 1 %
+WIDER = {G: replace(RECALL, n_kv_heads=G, d_ff=384 + 96 - 12 * G) for G in (4, 2, 1)}
+
+# experiment -> what is varied -> the whole Config of its runs; every run is repeated for each seed
+EXPERIMENTS: dict[str, dict[str, Config]] = {
+    # selected models: whole trainings, scored on the test images at their end
+    "mha": {"8 key/value heads": BASE},
+    "gqa4": {"4 key/value heads": replace(BASE, n_kv_heads=4)},
+    "gqa2": {"2 key/value heads": replace(BASE, n_kv_heads=2)},
+    "mqa": {"1 key/value head": replace(BASE, n_kv_heads=1)},
+    # the control: does attention do the work? `mha` with less of it, whole trainings
+    "control": {
+        "same weight for every row": replace(BASE, attends="uniform"),
+        "each row attends to itself": replace(BASE, attends="itself"),
+        "attention left out": replace(BASE, attends="nothing"),
+    },
+    # a task that needs attention: which label has the asked garment in this sequence?
+    "recall": {
+        "8 key/value heads": RECALL,
+        "4 key/value heads": replace(RECALL, n_kv_heads=4),
+        "2 key/value heads": replace(RECALL, n_kv_heads=2),
+        "1 key/value head": replace(RECALL, n_kv_heads=1),
+        "attention left out": replace(RECALL, attends="nothing"),
+    },
+    "recall_equal_parameters": {
+        "4 key/value heads": WIDER[4],
+        "2 key/value heads": WIDER[2],
+        "1 key/value head": WIDER[1],
+    },
+    # whole trainings
+    "heads": {str(n): replace(BASE, n_heads=n, n_kv_heads=n) for n in (1, 2, 4, 8, 16)},
+    "steps": {f"{n:,}": replace(BASE, steps=n) for n in (100, 300, 1000, 3000)},
+    # side questions: 300 steps, width 64
+    "width": {str(n): replace(SHORT, d_model=n) for n in (16, 32, 64, 128)},
+    "blocks": {str(n): replace(SHORT, n_blocks=n) for n in (1, 2, 3, 4)},
+    "position": {
+        name: replace(MEAN_OF_ROWS, position=name)
+        for name in ("none", "learned", "sinusoidal", "relative", "rotary")
+    },
+    "tokens": {
+        "28 rows": replace(SHORT, tokens="rows"),
+        "49 patches": replace(SHORT, tokens="patches"),
+    },
+    "readout": {
+        "all states": replace(SHORT, readout="all"),
+        "their mean": replace(SHORT, readout="mean"),
+    },
+    # what becomes of the softmax as heads grow wider? one head, 150 steps
+    "scale": {
+        f"{name}, width {n}": replace(ONE_HEAD, scaled=scaled, d_model=n)
+        for n in (16, 64, 256)
+        for name, scaled in (("over √d", True), ("as they are", False))
+    },
+    # what goes wrong, and what mends it; 300 steps, of recall 1,500: see FAULTS
+    "faults": {
+        "no positions": replace(MEAN_OF_ROWS, position="none"),
+        "learned positions": replace(MEAN_OF_ROWS, position="learned"),
+        "sees the rows to come": replace(MEAN_OF_ROWS, causal=False),
+        "causal mask": replace(MEAN_OF_ROWS, causal=True),
+        "padding takes part": replace(PADDED, masked=False),
+        "padding masked": replace(PADDED, masked=True),
+        "rate 0.02 at once": replace(STEEP, warmup=0.0),
+        "rate 0.02, warm-up": replace(STEEP, warmup=0.3),
+        "eight garments at once": replace(RECALL, fewest=8, steps=1500),
+        "two to eight garments": replace(RECALL, fewest=2, steps=1500),
+    },
+}
+THE_BRIEF = ("mha", "gqa4", "gqa2", "mqa", "recall")  # what a bare `run` trains, after the demo
+# only these are judged on the test images, and their weights kept
+SELECTED = ("mha", "gqa4", "gqa2", "mqa")
+RECALLS = ("recall", "recall_equal_parameters")  # these on sequences of test images
+
+
+class Run(NamedTuple):
+    """One training: its experiment, what is varied in it, and the Config with its seed."""
+
+    experiment: str  # a key of EXPERIMENTS
+    value: str  # a key of EXPERIMENTS[experiment]
+    config: Config
+
+    @property
+    def key(self) -> dict:
+        """The columns that say which run a row belongs to."""
+        return {"experiment": self.experiment, "value": self.value, "seed": self.config.seed}
+
+
+def runs_of(experiments: list[str], n_seeds: int, smoke: bool = False) -> list[Run]:
+    """Every value with every seed; in a smoke run the two ends of a sweep, made small."""
+    runs = []
+    for experiment in experiments:
+        values = EXPERIMENTS[experiment]
+        if smoke and experiment != "faults":
+            names = list(values)
+            values = {name: values[name] for name in (names[0], names[-1])}
+        for value, config in values.items():
+            config = smoke_config(config) if smoke else config
+            runs += [Run(experiment, value, replace(config, seed=seed)) for seed in range(n_seeds)]
+    return runs
+
+
+def smoke_config(config: Config) -> Config:
+    """The Config of a smoke run: a narrower network, 640 images at most, 3 steps."""
+    n_train = min(config.n_train, 640)
+    small = {"d_model": 16, "d_ff": 0, "n_train": n_train, "batch_size": 64}
+    return replace(config, **small, steps=3, n_logs=2)
+
+
+def execute(
+    run: Run, arrays: tuple, device: str, origin: dict, read_test=False, on_row=None
+) -> tuple[dict, dict]:
+    """Train and measure one run on one thread: (the rows of every table, the weights).
+
+    `arrays` are the three splits as numpy arrays, which joblib maps into a worker's memory.
+    `origin` is what the row says of machine, commit and versions. `on_row` is given each history
+    row; without it a line a minute is printed, unless somebody sits at a terminal.
+    """
+    torch.set_num_threads(1)
+    data = Data(*(Split(*(torch.from_numpy(a).to(device) for a in split)) for split in arrays))
+    config = run.config
+    model, history = train(config, data, on_row or line_a_minute(run))
+    model.eval()
+
+    row = run.key | config_columns(config) | {"status": status(history)}
+    for name in ("train_loss", "train_accuracy", *(f"val_{score}" for score in SCORES), "seconds"):
+        row[name] = history[-1][name]
+    row["parameters"] = sum(p.numel() for p in model.parameters())
+    n_tokens, _, _ = sizes_of(config)
+    row["cache_bytes"] = sum(cache.nbytes for cache in model.caches(1, n_tokens))
+    row |= origin | {"threads": torch.get_num_threads()}
+    tables = {"runs": [row], "history": [run.key | logged for logged in history]}
+    if read_test:
+        test_images = judged_on(data.test, config, N_TEST)
+        test = evaluate(model, test_images)
+        matrix = test.pop("confusion").tolist()
+        row |= {f"test_{name}": number for name, number in test.items()}
+    if read_test and run.experiment in SELECTED:
+        tables["test_metrics"] = [run.key | test]
+        tables["confusion"] = [
+            run.key | {"true": true, "predicted": predicted, "count": count}
+            for true, counts in enumerate(matrix)
+            for predicted, count in enumerate(counts)
+        ]
+        tables["predictions"] = [run.key | {"predicted": predicted_digits(model, test_images)}]
+    if run.experiment in ("mha", "mqa") and config.seed == 0:
+        tables["maps"] = [run.key | query for query in attention_maps(model, data.test)]
+    if run.experiment == "recall" and config.seed == 0 and config.attends == "learned":
+        tables["recall_maps"] = [run.key | token for token in recall_maps(model, data.test)]
+    if run.experiment in ("mha", "recall") and config.n_kv_heads == 8:
+        tables["upcycling"] = [run.key | found for found in upcycling(model, config, data)]
+    if run.experiment == "scale":
+        tables["scale"] = [run.key | found for found in softmax_states(model, config, data)]
+    if run.experiment == "faults":
+        tables["faults"] = fault_rows(run, model, history, data)
+    return tables, {name: value.cpu() for name, value in model.state_dict().items()}
+
+
+def config_columns(config: Config) -> dict[str, str]:
+    """The Config's fields but the seed, as a row holds them and as rows are compared."""
+    columns = {field.name: str(getattr(config, field.name)) for field in fields(config)}
+    del columns["seed"]
+    return columns
+
+
+def progress(row: dict) -> str:
+    return f"loss {row['val_loss']:.4f}, validation accuracy {100 * row['val_accuracy']:.2f} %"
+
+
+def line_a_minute(run: Run) -> Callable[[dict], None]:
+    """An `on_row` for `train` that prints a line a minute where no bar can show that it goes on."""
+    last_line = time.monotonic()
+
+    def on_row(row: dict) -> None:
+        nonlocal last_line
+        if time.monotonic() - last_line >= 60 and not sys.stderr.isatty():
+            last_line = time.monotonic()
+            where = f"{run.experiment} {run.value}, seed {run.config.seed}: step {row['step']:,}"
+            print(f"  {where} of {run.config.n_steps:,}, {progress(row)}", flush=True)
+
+    return on_row
+
+
+@torch.no_grad()
+def predicted_digits(model: AttentionClassifier, split: Split) -> str:
+    """The predicted class of every image, a digit each: so that networks are compared by image."""
+    parts = [logits_of(model, part).argmax(1).tolist() for part in split.images.split(250)]
+    return "".join(map(str, itertools.chain(*parts)))
+
+
+def text_of(weights: Tensor) -> str:
+    """Attention weights (S,) as a table holds them: three digits, a space between."""
+    return " ".join(f"{weight:.3f}" for weight in weights.tolist())
+
+
+@torch.no_grad()
+def attention_maps(model: AttentionClassifier, split: Split) -> list[dict]:
+    """What each head of the last block attends to in three images: a row for each query."""
+    tokens, mask = tokens_of(split.images[:3], model.config)
+    weights = model.states(tokens, mask)[1][-1]  # (3, H, 28, 28)
+    pixels = as_stored(split.images[:3]).round().byte().cpu().numpy()  # (3, 28, 28)
+    n_images, H, T, _ = weights.shape
+    rows = []
+    for i, head, t in itertools.product(range(n_images), range(H), range(T)):
+        row = {"image": i, "class": CLASSES[split.labels[i]], "head": head, "query": t}
+        row["kv_head"] = head // (H // model.config.n_kv_heads)
+        rows.append(
+            row | {"weights": text_of(weights[i, head, t]), "pixels": pixels[i, t].tobytes().hex()}
+        )
+    return rows
+
+
+@torch.no_grad()
+def recall_maps(model: AttentionClassifier, split: Split) -> list[dict]:
+    """Of three sequences, a row for each token: what it is, and what the last one gives it."""
+    sequences = sequences_of(split, 3)
+    states, weights = model.states(sequences.images)
+    predicted = model.read(states).argmax(1).tolist()
+    images = as_stored(sequences.images[:, :, :784]).round().byte().cpu().numpy()  # (3, 9, 784)
+    labels = sequences.images[:, :, 784:].argmax(2).tolist()
+    rows = []
+    for i, place in itertools.product(range(3), range(N_GARMENTS + 1)):
+        row = {"sequence": i, "place": place, "pixels": images[i, place].tobytes().hex()}
+        row["label"] = labels[i][place] if place < N_GARMENTS else -1
+        row |= {"answer": sequences.labels[i].item(), "predicted": predicted[i]}
+        for number, of_block in enumerate(weights, 1):  # (3, H, 9, 9) each
+            row[f"block_{number}"] = text_of(of_block[i, :, -1, place])  # of every head
+        rows.append(row)
+    return rows
+
+
+# Upcycling (Ainslie 2023, section 2.1): fewer key/value heads from a trained multi-head model
+
+
+def with_shared_heads(model: AttentionClassifier, n_kv_heads: int) -> AttentionClassifier:
+    """The model with the key/value heads of each group averaged into one."""
+    config = replace(model.config, n_kv_heads=n_kv_heads)
+    fewer = build(config, model.W_in.weight.device)
+    weights = model.state_dict()
+    for name, value in weights.items():
+        if ".W_k." in name or ".W_v." in name:
+            group_size = model.config.n_kv_heads // n_kv_heads
+            heads = value.unflatten(0, (n_kv_heads, group_size, -1))  # (G, H / G, d, …)
+            weights[name] = heads.mean(1).flatten(0, 1)  # (G · d, …)
+    fewer.load_state_dict(weights)
+    return fewer
+
+
+def upcycling(model: AttentionClassifier, config: Config, data: Data) -> list[dict]:
+    """Validation accuracy of the trained model with 4, 2, 1 key/value heads, averaged from its 8.
+
+    At once, and after 5 % of its training's steps more, at a third of its learning rate.
+    """
+    val = judged_on(data.val, config, N_VAL if config.task == "clothes" else N_SEQUENCES)
+    rows = []
+    for G in (4, 2, 1):
+        fewer = with_shared_heads(model, G)
+        at_once = evaluate(fewer, val)["accuracy"]
+        n_more = max(1, round(0.05 * config.n_steps))
+        further = replace(config, n_kv_heads=G, steps=n_more, lr=config.lr / 3, n_logs=1)
+        _, history = train(further, data, model=fewer)
+        rows.append({"n_kv_heads": G, "steps": 0, "val_accuracy": at_once})
+        rows.append({"n_kv_heads": G, "steps": n_more, "val_accuracy": history[-1]["val_accuracy"]})
+    return rows
+
+
+# What is measured of scores with and without 1 / √d
+
+
+def softmax_states(model: AttentionClassifier, config: Config, data: Data) -> list[dict]:
+    """Entropy of the weights and gradient of W_q and W_k, before the first and after the last step.
+
+    On 500 validation images: the mean entropy (nats) of the last block's weights, ln 28 at most,
+    and the norm of the gradient of the loss for all W_q and W_k.
+    """
+    images = data.val.images[::10]
+    labels = data.val.labels[::10]
+    rows = []
+    models = {"at the start": build(config, images.device).eval(), "at the end": model}
+    for when, network in models.items():
+        states, weights = network.states(images)
+        entropy = torch.special.entr(weights[-1]).sum(-1).mean().item()
+        loss = F.cross_entropy(network.read(states), labels)
+        layers = [block.attention for block in network.blocks]
+        scoring = [W.weight for layer in layers for W in (layer.W_q, layer.W_k)]
+        norm = nn.utils.get_total_norm(torch.autograd.grad(loss, scoring)).item()
+        scores = "over √d" if config.scaled else "as they are"
+        row = {"scores": scores, "d": config.d_model, "when": when}
+        rows.append(row | {"entropy": entropy, "grad_norm": norm})
+    return rows
+
+
+# What is measured of a fault
+
+
+@torch.no_grad()
+def decode(model: AttentionClassifier, tokens: Tensor) -> Tensor:
+    """Logits of tokens (B, T, F) read one by one: each joins the caches before the next exists."""
+    caches = model.caches(*tokens.shape[:2])
+    states = [model.states(token, caches=caches)[0] for token in tokens.split(1, 1)]
+    return model.read(torch.cat(states, 1))
+
+
+def percent_changed(logits: Tensor, others: Tensor) -> float:
+    return 100 * (logits.argmax(1) != others.argmax(1)).double().mean().item()
+
+
+@torch.no_grad()
+def changed_by_order(model: AttentionClassifier, history, config: Config, data: Data) -> float:
+    """Percent of 500 validation images that get another class once their rows are shuffled."""
+    images = data.val.images[::10]
+    order = torch.randperm(28, generator=torch.Generator().manual_seed(0))
+    return percent_changed(logits_of(model, images), logits_of(model, images[:, order]))
+
+
+@torch.no_grad()
+def changed_by_decoding(model: AttentionClassifier, history, config: Config, data: Data) -> float:
+    """Percent of 500 validation images that get another class when they are read row by row."""
+    images = data.val.images[::10]
+    tokens, _ = tokens_of(images, config)
+    return percent_changed(logits_of(model, images), decode(model, tokens))
+
+
+@torch.no_grad()
+def changed_by_padding(model: AttentionClassifier, history, config: Config, data: Data) -> float:
+    """Percent of 500 validation images that get another class by 28 more tokens of padding."""
+    images = data.val.images[::10]
+    tokens, mask = tokens_of(images, replace(config, padding=config.padding + 28))
+    return percent_changed(logits_of(model, images), model(tokens, mask))
+
+
+def last_accuracy(model: AttentionClassifier, history, config: Config, data: Data) -> float:
+    return 100 * history[-1]["val_accuracy"]
+
+
+class Fault(NamedTuple):
+    """Something that goes wrong in training, shown by a number of two runs of `faults`."""
+
+    broken: str  # the runs' names in EXPERIMENTS["faults"]
+    mended: str
+    symptom: str
+    measured: str
+    measure: Callable[[AttentionClassifier, list[dict], Config, Data], float]
+
+
+FAULTS = {
+    "no positions": Fault(
+        broken="no positions",
+        mended="learned positions",
+        symptom="tokens are a set: no row knows its place",
+        measured="predictions changed by shuffling rows (%), 0 is blind",
+        measure=changed_by_order,
+    ),
+    "no causal mask": Fault(
+        broken="sees the rows to come",
+        mended="causal mask",
+        symptom="trained on rows that decoding does not have yet",
+        measured="predictions changed by decoding (%)",
+        measure=changed_by_decoding,
+    ),
+    "padding not masked": Fault(
+        broken="padding takes part",
+        mended="padding masked",
+        symptom="the answer depends on how long the batch is",
+        measured="predictions changed by 28 more zeros (%)",
+        measure=changed_by_padding,
+    ),
+    "no warm-up": Fault(
+        broken="rate 0.02 at once",
+        mended="rate 0.02, warm-up",
+        symptom="large first steps spoil the weights",
+        measured="validation accuracy (%)",
+        measure=last_accuracy,
+    ),
+    "recall stays at chance": Fault(
+        broken="eight garments at once",
+        mended="two to eight garments",
+        symptom="the loss stays at ln 8 = 2.08, though nothing is broken",
+        measured="sequences answered rightly (%), chance is 12.5",
+        measure=last_accuracy,
+    ),
+}
+
+
+def fault_rows(run: Run, model: AttentionClassifier, history, data: Data) -> list[dict]:
+    """The numbers of the faults that this run shows, broken or mended."""
+    rows = []
+    for name, fault in FAULTS.items():
+        for variant in ("broken", "mended"):
+            if run.value == getattr(fault, variant):
+                row = {"fault": name, "variant": variant, "measured": fault.measured}
+                row["number"] = fault.measure(model, history, run.config, data)
+                rows.append(run.key | row)
+    return rows
+
+
+def formula_as_first_written(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """A common mistake: right in float32 as long as every query has a key."""
+    scores = q @ k.mT / math.sqrt(q.shape[3])
+    return scores.masked_fill(~mask, -math.inf).softmax(-1) @ v
+
+
+def arithmetic_faults() -> list[dict]:
+    """How many of 768 numbers, outputs and gradients, are nan: as first written, and by ours."""
+    generator = torch.Generator().manual_seed(0)
+    random = torch.randn(3, 1, 1, 3, 64, generator=generator)
+    large = torch.full((3, 1, 1, 3, 64), 40.0, dtype=torch.float16)
+    nothing_to_see = torch.tensor([[True], [False], [True]])
+    all_to_see = torch.ones(3, 1, dtype=torch.bool)
+    cases = {
+        "a query that may attend to nothing": (random, nothing_to_see),
+        "float16, q · k = 102,400 (more than 65,504)": (large, all_to_see),
+    }
+    rows = []
+    for case, (numbers, mask) in cases.items():
+        q, k, v = (part.clone().requires_grad_() for part in numbers)
+        outputs = {
+            "as first written": formula_as_first_written(q, k, v, mask),
+            "`attention`": attention(q, k, v, mask)[0],
+        }
+        row = {"experiment": "arithmetic", "case": case}
+        for name, out in outputs.items():
+            found = [out, *torch.autograd.grad(out.sum(), (q, k, v))]
+            row[f"nan {name}"] = sum(part.isnan().sum().item() for part in found)
+        rows.append(row)
+    return rows
