@@ -42,6 +42,7 @@ from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, Union, get_args, get_origin
 
 import joblib
+import matplotlib.patches
 import numpy as np
 import pandas as pd
 import torch
@@ -145,7 +146,7 @@ class Config:
             "batch_size": (1, 60_000),
             "epochs": (1, 10_000),
             "steps": (0, 10_000_000),
-            "n_train": (1 if self.task == "clothes" else 500, N_TRAIN),
+            "n_train": (1 if self.task == "clothes" else 200, N_TRAIN),  # some of every class
             "n_logs": (1, 10_000),
             "seed": (0, 2**32 - 1),
         }
@@ -991,9 +992,9 @@ EXPERIMENTS: dict[str, dict[str, Config]] = {
     "mqa": {"1 key/value head": replace(BASE, n_kv_heads=1)},
     # the control: does attention do the work? `mha` with less of it, whole trainings
     "control": {
-        "same weight for every row": replace(BASE, attends="uniform"),
-        "each row attends to itself": replace(BASE, attends="itself"),
-        "attention left out": replace(BASE, attends="nothing"),
+        "all alike": replace(BASE, attends="uniform"),
+        "itself alone": replace(BASE, attends="itself"),
+        "nothing": replace(BASE, attends="nothing"),
     },
     # a task that needs attention: which label has the asked garment in this sequence?
     "recall": {
@@ -1001,7 +1002,7 @@ EXPERIMENTS: dict[str, dict[str, Config]] = {
         "4 key/value heads": replace(RECALL, n_kv_heads=4),
         "2 key/value heads": replace(RECALL, n_kv_heads=2),
         "1 key/value head": replace(RECALL, n_kv_heads=1),
-        "attention left out": replace(RECALL, attends="nothing"),
+        "no attention": replace(RECALL, attends="nothing"),
     },
     "recall_equal_parameters": {
         "4 key/value heads": WIDER[4],
@@ -1019,12 +1020,9 @@ EXPERIMENTS: dict[str, dict[str, Config]] = {
         for name in ("none", "learned", "sinusoidal", "relative", "rotary")
     },
     "tokens": {
-        "28 rows": replace(SHORT, tokens="rows"),
-        "49 patches": replace(SHORT, tokens="patches"),
-    },
-    "readout": {
-        "all states": replace(SHORT, readout="all"),
-        "their mean": replace(SHORT, readout="mean"),
+        f"{tokens}, {states} read": replace(SHORT, tokens=tokens, readout=readout)
+        for tokens in ("rows", "patches")
+        for states, readout in (("all", "all"), ("mean", "mean"))
     },
     # what becomes of the softmax as heads grow wider? one head, 150 steps
     "scale": {
@@ -1080,10 +1078,9 @@ def runs_of(experiments: list[str], n_seeds: int, smoke: bool = False) -> list[R
 
 
 def smoke_config(config: Config) -> Config:
-    """The Config of a smoke run: a narrower network, 640 images at most, 3 steps."""
-    n_train = min(config.n_train, 640)
-    small = {"d_model": 16, "d_ff": 0, "n_train": n_train, "batch_size": 64}
-    return replace(config, **small, steps=3, n_logs=2)
+    """The Config of a smoke run: a narrower network, 200 images, 2 steps."""
+    small = {"d_model": 16, "d_ff": 0, "n_train": 200, "batch_size": 32}
+    return replace(config, **small, steps=2, n_logs=2)
 
 
 def execute(
@@ -1122,11 +1119,12 @@ def execute(
             for predicted, count in enumerate(counts)
         ]
         tables["predictions"] = [run.key | {"right": named_rightly(model, test_images)}]
+    is_multi_head = config.n_kv_heads == config.n_heads and config.attends == "learned"
     if run.experiment in ("mha", "mqa") and config.seed == 0:
         tables["maps"] = [run.key | query for query in attention_maps(model, data.test)]
-    if run.experiment == "recall" and config.seed == 0 and config.attends == "learned":
+    if run.experiment == "recall" and config.seed == 0 and is_multi_head:
         tables["recall_maps"] = [run.key | token for token in recall_maps(model, data.test)]
-    if run.experiment in ("mha", "recall") and config.n_kv_heads == 8:
+    if run.experiment in ("mha", "recall") and is_multi_head:
         tables["upcycling"] = [run.key | found for found in upcycling(model, config, data)]
     if run.experiment == "scale":
         tables["scale"] = [run.key | found for found in softmax_states(model, config, data)]
@@ -1422,11 +1420,10 @@ SWEEPS = {
     "width": ("What does a wider token do?", "width of a token", True),
     "blocks": ("What do more blocks do?", "blocks", True),
     "position": ("How should a row know its place?", "position, mean of all states read", False),
-    "tokens": ("How should an image be cut?", "tokens", False),
-    "readout": ("Which states should be classified?", "what is classified", False),
+    "tokens": ("Rows or patches? Which states should be read?", "tokens, states", False),
     "scale": ("Scores with and without 1/√d", "scores, width of the one head", False),
 }
-WITHOUT = "attention left out"
+WITHOUT = "no attention"
 
 
 def draw_all(folder: Path) -> None:
@@ -1530,25 +1527,30 @@ def pixels_of(rows: pd.DataFrame) -> np.ndarray:
 
 
 def draw_demo(path: Path, rows: pd.DataFrame) -> None:
-    """The weights of the first four heads of each layer, with numbers, all on one scale."""
+    """The weights of up to four heads of each layer, with numbers, all on one scale."""
     title = "Attention weights of one random matrix of six tokens: every row sums to 1"
     layers = list(rows["layer"].unique())
-    n_heads = min(4, rows["head"].max() + 1)
+    H = rows["head"].max() + 1
+    heads = sorted({0, min(1, H - 1), H // 2, min(H // 2 + 1, H - 1)})  # of two groups
+    largest = max(numbers_of(text).max() for text in rows["weights"])
     size = {"width": 15, "height": 3.5 * len(layers) + 0.6, "squeeze": False}
-    with metrics.picture(path, title, len(layers), n_heads, **size) as panels:
-        largest = max(numbers_of(text).max() for text in rows["weights"])
-        for layer, line in zip(layers, panels, strict=True):
-            for head, axes in enumerate(line):
-                own = rows[(rows["layer"] == layer) & (rows["head"] == head)]
-                table = np.stack([numbers_of(text) for text in own["weights"]])
-                style = {"annot": True, "fmt": ".2f", "annot_kws": {"fontsize": 9}, "cbar": False}
-                style |= {"cmap": "Blues", "vmin": 0, "vmax": largest, "square": True}
-                metrics.sns.heatmap(table, ax=axes, **style)
-                axes.set_title(f"{layer}, query head {head}\nreads {own['reads'].iloc[0]}")
-                axes.set(xlabel="key (token)", ylabel="query (token)")
-                axes.grid(False)
+    with metrics.picture(path, title, len(layers), len(heads), **size) as panels:
+        for (layer, line), (place, head) in itertools.product(
+            zip(layers, panels, strict=True), enumerate(heads)
+        ):
+            axes = line[place]
+            own = rows[(rows["layer"] == layer) & (rows["head"] == head)]
+            table = np.stack([numbers_of(text) for text in own["weights"]])  # (6, 6)
+            shown = axes.imshow(table, cmap="Blues", vmin=0, vmax=largest)
+            for (query, key), weight in np.ndenumerate(table):
+                style = {"color": "white" if weight > largest / 2 else "black", "fontsize": 10}
+                style |= {"ha": "center", "va": "center", "in_layout": False}
+                axes.text(key, query, f"{weight:.2f}", **style)
+            axes.set_title(f"{layer}, query head {head}\nreads {own['reads'].iloc[0]}")
+            axes.set(xlabel="key (token)", ylabel="query (token)", xticks=range(6), yticks=range(6))
+            axes.grid(False)
         bar = {"label": "attention weight", "shrink": 0.6}
-        panels[0, 0].figure.colorbar(panels[0, 0].collections[0], ax=panels, **bar)
+        panels[0, 0].figure.colorbar(shown, ax=panels, **bar)
 
 
 def draw_sharing(path: Path, rows: pd.DataFrame) -> None:
@@ -1584,52 +1586,51 @@ def draw_maps(path: Path, rows: pd.DataFrame, title: str, largest: float) -> Non
     """What every head attends to in three images; frames in one colour share a key/value head."""
     rows = rows.astype({"image": int, "head": int, "kv_head": int})
     n_heads = rows["head"].max() + 1
-    size = {"width": 16, "height": 6.8, "squeeze": False}
-    title += ": what each row of the image attends to (query down, key across)"
-    with metrics.picture(path, title, 3, n_heads + 1, **size) as panels:
-        for i, line in enumerate(panels):
+    title += ": what each row of an image attends to (query row down, key row across)"
+    with metrics.picture(path, title, 3, 1, width=16, height=6.6, squeeze=False) as panels:
+        for i, axes in enumerate(panels.flat):
             of_image = rows[rows["image"] == i]
-            first = of_image[of_image["head"] == 0]
-            line[0].imshow(pixels_of(first), cmap="gray_r")
-            line[0].set_title(first["class"].iloc[0], fontsize=11)
-            for head, axes in enumerate(line[1:]):
+            image = pixels_of(of_image[of_image["head"] == 0])
+            axes.imshow(image, cmap="gray_r", extent=(0, 28, 28, 0))
+            for head in range(n_heads):
                 own = of_image[of_image["head"] == head]
-                table = np.stack([numbers_of(text) for text in own["weights"]])
-                shown = axes.imshow(table, cmap="magma", vmin=0, vmax=largest)
+                table = np.stack([numbers_of(text) for text in own["weights"]])  # (28, 28)
+                left = 32 * (head + 1)
+                place = {"extent": (left, left + 28, 28, 0), "vmin": 0, "vmax": largest}
+                shown = axes.imshow(table, cmap="magma", **place)
                 kv_head = own["kv_head"].iloc[0]
+                frame = {"fill": False, "linewidth": 3, "edgecolor": metrics.COLORS[kv_head % 8]}
+                axes.add_patch(matplotlib.patches.Rectangle((left, 0), 28, 28, **frame))
                 if i == 0:
-                    axes.set_title(f"query head {head}\nkey/value head {kv_head}", fontsize=9)
-                for spine in axes.spines.values():
-                    spine.set(visible=True, linewidth=3, color=metrics.COLORS[kv_head % 8])
-            for axes in line:
-                axes.set(xticks=[0, 27], yticks=[0, 27])
-                axes.tick_params(labelsize=8)
-                axes.grid(False)
+                    names = f"query head {head}\nkey/value head {kv_head}"
+                    axes.text(left + 14, -2, names, ha="center", fontsize=10)
+            axes.set(xlim=(-0.5, 32 * (n_heads + 1) - 3), xticks=[], yticks=[0, 14, 28])
+            axes.set_title(of_image["class"].iloc[0], loc="left")
+            axes.spines["bottom"].set_visible(False)
+            axes.grid(False)
         panels[0, 0].figure.colorbar(shown, ax=panels, label="attention weight", shrink=0.7)
 
 
 def draw_recall(path: Path, rows: pd.DataFrame) -> None:
-    """Three sequences: the garments with their labels, and the heads' weights of the last token."""
+    """Three sequences: garments with labels, the answer given, the heads' weights of the last."""
     rows = rows.astype({"sequence": int, "label": int, "answer": int, "predicted": int})
     blocks = [column for column in rows if column.startswith("block_")]
     title = "Recall: what the ninth garment, which has no label, attends to"
     size = {"width": 15, "height": 11, "height_ratios": [1, 1.2] * 3, "squeeze": False}
     with metrics.picture(path, title, 6, len(blocks), **size) as panels:
-        for (i, block), own in itertools.product(
-            itertools.product(range(3), range(len(blocks))), [rows]
-        ):
-            own = own[own["sequence"] == i]
+        for i, block in itertools.product(range(3), range(len(blocks))):
+            own = rows[rows["sequence"] == i]
             garments = panels[2 * i, block]
             heads = panels[2 * i + 1, block]
             strip = np.concatenate([p.reshape(28, 28) for p in pixels_of(own)], axis=1)
             garments.imshow(strip, cmap="gray_r", extent=(0, len(own), 0, 1), aspect="auto")
             answer = own["answer"].iloc[0]
             names = [f"label {n}" + (" ←" if n == answer else "") for n in own["label"]]
-            names[-1] = f"said: {own['predicted'].iloc[0]}"
+            names[-1] = f"label? {own['predicted'].iloc[0]}"
             garments.set_xticks(np.arange(len(own)) + 0.5, names, fontsize=10)
             garments.set_yticks([])
             garments.set_title(
-                f"sequence {i}, block {block + 1} (← has the asked class)", loc="left"
+                f"sequence {i}, block {block + 1} (← is of the same class)", loc="left"
             )
             table = np.stack([numbers_of(text) for text in own[blocks[block]]], axis=1)  # (H, T)
             shown = heads.imshow(
@@ -2228,10 +2229,10 @@ def run_experiments(command: RunCommand) -> None:
         if todo:
             data = load_data(command.data_dir, command.download)
             if command.smoke:
-                first = Split(data.train.images[:1000], data.train.labels[:1000])
-                data = Data(first, every_20th(data.val), every_20th(data.test))
+                first = Split(data.train.images[:200], data.train.labels[:200])
+                data = Data(first, every_50th(data.val), every_50th(data.test))
             train_and_save(todo, data, device, workers, command.dask, folder)
-        if not command.only:
+        if not (command.only or command.smoke):
             metrics.replace_rows(folder, demo_tables(DemoCommand()), [])
         if "faults" in experiments:
             metrics.replace_rows(folder, {"arithmetic": arithmetic_faults()}, [])
@@ -2257,8 +2258,8 @@ def unfinished(runs: list[Run], folder: Path) -> tuple[list[Run], int]:
     return todo, n_outdated
 
 
-def every_20th(split: Split) -> Split:
-    return Split(split.images[::20], split.labels[::20])
+def every_50th(split: Split) -> Split:
+    return Split(split.images[::50], split.labels[::50])
 
 
 def default_workers(device: str) -> int:
