@@ -980,16 +980,17 @@ RECALL = replace(
     batch_size=128,
     steps=6000,
 )
+RECALL_SHORT = replace(RECALL, steps=400, warmup=0.3)
 # what fewer key/value heads save goes into the feed-forward part: parameters within 1 %
 WIDER = {G: replace(RECALL, n_kv_heads=G, d_ff=384 + 96 - 12 * G) for G in (4, 2, 1)}
 
 # experiment -> what is varied -> the whole Config of its runs; every run is repeated for each seed
 EXPERIMENTS: dict[str, dict[str, Config]] = {
     # selected models: whole trainings, scored on the test images at their end
-    "mha": {"8 key/value heads": BASE},
-    "gqa4": {"4 key/value heads": replace(BASE, n_kv_heads=4)},
-    "gqa2": {"2 key/value heads": replace(BASE, n_kv_heads=2)},
-    "mqa": {"1 key/value head": replace(BASE, n_kv_heads=1)},
+    "mha": {"8 K/V heads": BASE},
+    "gqa4": {"4 K/V heads": replace(BASE, n_kv_heads=4)},
+    "gqa2": {"2 K/V heads": replace(BASE, n_kv_heads=2)},
+    "mqa": {"1 K/V head": replace(BASE, n_kv_heads=1)},
     # the control: does attention do the work? `mha` with less of it, whole trainings
     "control": {
         "all alike": replace(BASE, attends="uniform"),
@@ -998,16 +999,16 @@ EXPERIMENTS: dict[str, dict[str, Config]] = {
     },
     # a task that needs attention: which label has the asked garment in this sequence?
     "recall": {
-        "8 key/value heads": RECALL,
-        "4 key/value heads": replace(RECALL, n_kv_heads=4),
-        "2 key/value heads": replace(RECALL, n_kv_heads=2),
-        "1 key/value head": replace(RECALL, n_kv_heads=1),
+        "8 K/V heads": RECALL,
+        "4 K/V heads": replace(RECALL, n_kv_heads=4),
+        "2 K/V heads": replace(RECALL, n_kv_heads=2),
+        "1 K/V head": replace(RECALL, n_kv_heads=1),
         "no attention": replace(RECALL, attends="nothing"),
     },
     "recall_equal_parameters": {
-        "4 key/value heads": WIDER[4],
-        "2 key/value heads": WIDER[2],
-        "1 key/value head": WIDER[1],
+        "4 K/V heads": WIDER[4],
+        "2 K/V heads": WIDER[2],
+        "1 K/V head": WIDER[1],
     },
     # whole trainings
     "heads": {str(n): replace(BASE, n_heads=n, n_kv_heads=n) for n in (1, 2, 4, 8, 16)},
@@ -1030,7 +1031,7 @@ EXPERIMENTS: dict[str, dict[str, Config]] = {
         for n in (16, 64, 256)
         for name, scaled in (("over √d", True), ("as they are", False))
     },
-    # what goes wrong, and what mends it; 300 steps: see FAULTS
+    # what goes wrong, and what mends it; 300 steps, of recall 400: see FAULTS
     "faults": {
         "no positions": replace(MEAN_OF_ROWS, position="none"),
         "learned positions": replace(MEAN_OF_ROWS, position="learned"),
@@ -1040,8 +1041,8 @@ EXPERIMENTS: dict[str, dict[str, Config]] = {
         "padding masked": replace(PADDED, masked=True),
         "rate 0.02 at once": replace(STEEP, warmup=0.0),
         "rate 0.02, warm-up": replace(STEEP, warmup=0.3),
-        "eight garments at once": replace(RECALL, fewest=8, steps=300),
-        "two to eight garments": replace(RECALL, fewest=2, steps=300),
+        "eight garments at once": replace(RECALL_SHORT, fewest=8),
+        "two to eight garments": replace(RECALL_SHORT, fewest=2),
     },
 }
 THE_BRIEF = ("mha", "gqa4", "gqa2", "mqa", "recall")  # what a bare `run` trains, after the demo
@@ -1478,7 +1479,7 @@ def rows_to_compare(table: pd.DataFrame, name: str) -> pd.DataFrame:
         first = table[table["experiment"] == "mha"].assign(value="learned weights")
         return pd.concat([first, rows])
     if name == "recall_equal_parameters":
-        is_first = (table["experiment"] == "recall") & (table["value"] == "8 key/value heads")
+        is_first = (table["experiment"] == "recall") & (table["value"] == "8 K/V heads")
         return pd.concat([table[is_first], rows])
     return rows
 
@@ -2693,7 +2694,8 @@ def time_steps(device: str, repeats: int, n_steps: int) -> list[dict]:
         rows.append(ratio_row(f"{name} / {torchs}'s", ms["ours"], ms["weights"], "ms"))
         without = f"{name} / {torchs}'s that gives no weights"
         rows.append(ratio_row(without, ms["ours"], ms["none"], "ms"))
-        rows.append(ratio_row(f"{name}: 1 / 8 key/value heads", ms["shared"], ms["ours"], "ms"))
+        shared = f"{name}, 1 key/value head / 8 key/value heads"
+        rows.append(ratio_row(shared, ms["shared"], ms["ours"], "ms"))
     return rows
 
 
@@ -2716,7 +2718,7 @@ def time_cache(lengths: tuple[int, ...], device: str, repeats: int) -> list[dict
 
 
 def decode_without_cache(model: AttentionClassifier, tokens: Tensor) -> Tensor:
-    """The same logits: for every new token, all tokens so far are computed again."""
+    """The logits of a causal model: for every new token, all so far are computed again."""
     lengths = range(1, tokens.shape[1] + 1)
     states = [model.states(tokens[:, :length])[0][:, -1:] for length in lengths]
     return model.read(torch.cat(states, 1))
