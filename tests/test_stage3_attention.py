@@ -623,6 +623,10 @@ def test_what_is_wrong_is_quoted():
         (lambda: KVCache(B, G, 9, 4).append(k[0], v[0]), "(3, 7, 4)"),
         (lambda: KVCache(B, G, 9, 4).append(k.double(), v.double()), "torch.float64"),
         (lambda: stage.build(SMALL).states(torch.randn(B, 29, 28)), "29"),
+        (
+            lambda: stage.build(SMALL)(torch.randn(B, 28, 27)),
+            "(B, T, 28) expected, not (2, 28, 27)",
+        ),
     ]
     for call, quoted in wrong:
         with pytest.raises(ValueError) as raised:
@@ -1198,3 +1202,30 @@ def test_dirt_does_not_move_the_garment(tmp_path):
     Image.fromarray(paper).save(tmp_path / "dirty.png")
     clean, dirty = (stage.read_garment(tmp_path / f"{name}.png") for name in ("clean", "dirty"))
     np.testing.assert_allclose(clean, dirty, atol=0.01)
+
+
+# ---- committed evidence ----
+
+EVIDENCE = stage.HERE / "figures" / "stage3"
+needs_evidence = pytest.mark.skipif(
+    not (EVIDENCE / "mha.pt").exists(), reason="nothing was trained with this table yet"
+)
+
+
+@needs_evidence
+def test_the_committed_weights_are_those_of_the_committed_rows(data):
+    tests = metrics.load_rows(EVIDENCE / "test_metrics.csv")
+    for name in stage.SELECTED:
+        row = tests[(tests["experiment"] == name) & (tests["seed"] == 0)].iloc[0]
+        model = stage.load_weights(EVIDENCE / f"{name}.pt")
+        found = stage.evaluate(model, data.test)
+        assert found["accuracy"] == pytest.approx(
+            row["accuracy"], abs=2e-4
+        )  # other processors round
+
+
+@needs_evidence
+def test_the_committed_rows_are_those_of_the_table():
+    runs = stage.runs_of(list(stage.EXPERIMENTS), 1)
+    todo, n_outdated = stage.unfinished(runs, EVIDENCE)
+    assert (todo, n_outdated) == ([], 0)
