@@ -1772,8 +1772,8 @@ def write_summary(folder: Path, runs: pd.DataFrame) -> None:
             "![control](sweep_control.png)",
         ]
     for name, heading in (
-        ("recall", "Recall: a task that needs attention"),
-        ("recall_equal_parameters", "Recall at equal parameters"),
+        ("recall", "Recall, a task that needs attention: at equal steps"),
+        ("recall_equal_parameters", "Recall at equal steps and parameters"),
     ):
         rows = rows_to_compare(runs, name)
         if len(rows):
@@ -1902,7 +1902,7 @@ def mcnemar_rows(folder: Path, selected: pd.DataFrame) -> list[dict]:
                 "minus mha (points)": f"{difference.mean:+.2f}{interval}",
                 "mha alone right": f"{np.mean(lost):.0f}",
                 "it alone right": f"{np.mean(won):.0f}",
-                "p of each seed": ", ".join(f"{p:.2f}" for p in p_values),
+                "p of each seed": ", ".join(f"{p:.2g}" for p in p_values),
                 "n": len(seeds),
             }
         )
