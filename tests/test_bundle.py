@@ -20,19 +20,26 @@ from PIL import Image
 
 import metrics
 
-STAGES = ["stage1_mlp", "stage2_rnn"]
+STAGES = ["stage1_mlp", "stage2_rnn", "stage3_attention"]
 DATASETS = {  # a stage's own set, and the other
     "stage1_mlp": ("MNIST", "FashionMNIST"),
     "stage2_rnn": ("FashionMNIST", "MNIST"),
+    "stage3_attention": ("FashionMNIST", "MNIST"),
 }
-QUICK = {"stage1_mlp": "activation", "stage2_rnn": "init"}  # an experiment of several short runs
+QUICK = {  # an experiment of several short runs
+    "stage1_mlp": "activation",
+    "stage2_rnn": "init",
+    "stage3_attention": "position",
+}
 OWN_FLAGS = {
     "stage1_mlp": ["--hidden", "6", "5"],
     "stage2_rnn": ["--n-hidden", "6", "--cell", "gru", "--both-views"],
+    "stage3_attention": ["--n-kv-heads", "2", "--d-model", "16"],
 }
 OWN_NAME = {
     "stage1_mlp": "hidden 6-5, steps 8, n train 300, n logs 2",
     "stage2_rnn": "cell gru, n hidden 6, both views True, steps 8, n train 300, n logs 2",
+    "stage3_attention": "n kv heads 2, d model 16, steps 8, n train 300, n logs 2",
 }
 BAD_FLAGS = {
     "stage1_mlp": [
@@ -46,6 +53,15 @@ BAD_FLAGS = {
         (["train", "--n-hidden", "9" * 20], "n_hidden must be at most"),
         (["train", "--shift", "28"], "shift must be at most 27, not 28"),
         (["train", "--cell", "elman"], "elman"),
+    ],
+    "stage3_attention": [
+        (["train", "--position", "rotary", "--d-model", "24"], "must be even, not 3"),
+        (["train", "--n-kv-heads", "3"], "n_heads must be a multiple of n_kv_heads, 3, not 8"),
+        (["train", "--d-model", "97"], "d_model must be a multiple of n_heads, 8, not 97"),
+        (["train", "--task", "recall"], 'readout must be "last" for recall'),
+        (["train", "--dropout", "1"], "dropout must be at most 0.99, not 1.0"),
+        (["train", "--position", "absolute"], "absolute"),
+        (["demo", "--n-kv-heads", "3"], "n_heads must be a multiple of n_kv_heads, 3, not 8"),
     ],
 }
 
