@@ -176,7 +176,7 @@ class DataError(Exception):
 
 
 def read_part(folder: Path, name: str) -> np.ndarray:
-    """One of the four files, unpacked if it lies there so, else from its .gz: uint8 (N, …).
+    """One of the four files as uint8 (N, …): the unpacked file if there is one, else the .gz.
 
     Nothing is written. The checksum proves number, shape, values and the right data set at once.
     """
@@ -488,8 +488,8 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
 
 
 def learning_rate(config: Config, step: int) -> float:
-    """Of update 1 … n_steps: a line up during the warm-up, then a half cosine down to 0."""
-    progress = (step - 0.5) / config.n_steps  # its middle, so that no update has rate 0
+    """The rate of update `step`, 1 … n_steps: a line up (warm-up), then half a cosine down."""
+    progress = (step - 0.5) / config.n_steps  # the middle of the update: none has rate 0
     if progress < config.warmup:
         return config.lr * progress / config.warmup
     falling = (progress - config.warmup) / (1 - config.warmup)

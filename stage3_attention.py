@@ -32,6 +32,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -213,7 +214,7 @@ class DataError(Exception):
 
 
 def read_part(folder: Path, name: str) -> np.ndarray:
-    """One of the four files, unpacked if it lies there so, else from its .gz: uint8 (N, …).
+    """One of the four files as uint8 (N, …): the unpacked file if there is one, else the .gz.
 
     Nothing is written. The checksum proves number, shape, values and the right data set at once.
     """
@@ -852,8 +853,8 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
 
 
 def learning_rate(config: Config, step: int) -> float:
-    """Of update 1 … n_steps: a line up during the warm-up, then a half cosine down to 0."""
-    progress = (step - 0.5) / config.n_steps  # its middle, so that no update has rate 0
+    """The rate of update `step`, 1 … n_steps: a line up (warm-up), then half a cosine down."""
+    progress = (step - 0.5) / config.n_steps  # the middle of the update: none has rate 0
     if progress < config.warmup:
         return config.lr * progress / config.warmup
     falling = (progress - config.warmup) / (1 - config.warmup)
@@ -2217,7 +2218,8 @@ def run_experiments(command: RunCommand) -> None:
     with claimed(folder):
         metrics.drop_rows_of_no_run(folder)
         if command.fresh:
-            metrics.remove_runs(folder, experiments)
+            saved = metrics.load_rows(folder / "runs.csv", as_text=True)
+            metrics.remove_runs(folder, saved["experiment"].isin(experiments))
         todo, n_outdated = unfinished(runs, folder)
         workers = 1 if command.smoke else command.workers or default_workers(device)
         workers = min(workers, max(1, len(todo)))
@@ -2237,6 +2239,7 @@ def run_experiments(command: RunCommand) -> None:
             metrics.replace_rows(folder, demo_tables(DemoCommand()), [])
         if "faults" in experiments:
             metrics.replace_rows(folder, {"arithmetic": arithmetic_faults()}, [])
+        drop_outdated(runs, folder)
         print("drawing …", flush=True)
         draw_all(folder)
     print_result(folder, experiments)
@@ -2250,13 +2253,32 @@ def unfinished(runs: list[Run], folder: Path) -> tuple[list[Run], int]:
     n_outdated = 0
     for run in runs:
         row = found.get((run.experiment, run.value, str(run.config.seed)))
-        columns = config_columns(run.config)
         if row is None:
             todo.append(run)
-        elif any(row.get(name) != text for name, text in columns.items()):
+        elif not has_config(row, run.config):
             todo.append(run)
             n_outdated += 1
     return todo, n_outdated
+
+
+def has_config(row: dict, config: Config) -> bool:
+    """Whether a saved row is of this Config, but for the seed."""
+    return all(row.get(name) == text for name, text in config_columns(config).items())
+
+
+def drop_outdated(runs: list[Run], folder: Path) -> None:
+    """Remove rows of these experiments with other seeds that are no longer what the table says."""
+    table = {(run.experiment, run.value): run.config for run in runs}
+    rows = metrics.load_rows(folder / "runs.csv", as_text=True)
+    is_outdated = []
+    for row in rows.to_dict("records"):
+        config = table.get((row["experiment"], row["value"]))
+        is_named = row["experiment"] in {run.experiment for run in runs}
+        is_gone = is_named and row["value"] not in EXPERIMENTS[row["experiment"]]
+        is_outdated.append(is_gone or (config is not None and not has_config(row, config)))
+    if any(is_outdated):
+        print(f"{sum(is_outdated)} rows of other settings or values, of other seeds, are removed")
+        metrics.remove_runs(folder, np.array(is_outdated))
 
 
 def every_50th(split: Split) -> Split:
@@ -2264,7 +2286,7 @@ def every_50th(split: Split) -> Split:
 
 
 def default_workers(device: str) -> int:
-    return torch.cuda.device_count() if device == "cuda" else joblib.cpu_count()
+    return {"cuda": torch.cuda.device_count(), "mps": 1}.get(device, joblib.cpu_count())
 
 
 def device_name(device: str) -> str:
@@ -2348,6 +2370,8 @@ def results_of(
         # mmap_mode "c": the workers share the images' memory, and torch takes it as writable
         options = {"return_as": "generator_unordered", "batch_size": 1, "mmap_mode": "c"}
         options |= {"initializer": end_with_parent, "initargs": (os.getpid(),)}
+        # loky replaces a worker that has grown by 300 MB between two runs, and loses nothing by it
+        warnings.filterwarnings("ignore", "A worker stopped while some jobs")
         try:
             yield from joblib.Parallel(workers, **options)(jobs)
         finally:  # also when it is stopped: leave no worker and no mapped file behind

@@ -14,10 +14,12 @@ import pytest
 import torch
 from conftest import assert_equal, gradients
 from PIL import Image
+from sklearn.metrics import precision_recall_fscore_support
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+import metrics
 import stage2_rnn as stage
 
 SMALL = stage.Config(
@@ -657,6 +659,62 @@ def test_every_cell_learns(data, kind):
     assert stage.train(config, data)[1][-1]["val_accuracy"] > 0.5
 
 
+def test_one_batch_is_learned_by_heart(data):
+    config = replace(SMALL, n_hidden=128, n_train=64, batch_size=64, steps=300, lr=3e-3)
+    model, history = stage.train(replace(config, label_smoothing=0.0), data)
+    assert history[-1]["objective"] < 1e-3
+    assert history[-1]["train_accuracy"] == 1
+    seen = stage.evaluate(model, stage.Split(*(part[:64] for part in data.train)))
+    assert (seen["accuracy"], seen["loss"] < 1e-3) == (1, True)
+
+
+def test_history_holds_what_evaluate_gives_on_the_images_that_were_used(data):
+    config = replace(SMALL, cell="gru", n_layers=2, dropout=0.3, both_views=True, shift=1)
+    model, history = stage.train(config, data)
+    seen = stage.evaluate(model, stage.Split(*(part[:300] for part in data.train)), config)
+    val = stage.evaluate(model, data.val, config)
+    row = history[-1]
+    assert (row["train_loss"], row["train_accuracy"]) == (seen["loss"], seen["accuracy"])
+    assert [row[f"val_{name}"] for name in stage.SCORES] == [val[name] for name in stage.SCORES]
+    assert [row["step"] for row in history] == [4, 8, 12]
+    assert [row["epoch"] for row in history] == [0.4, 0.8, 1.2]  # 300 images are 10 batches of 32
+
+
+def test_the_same_seed_gives_the_same_history(data):
+    config = replace(SMALL, cell="lstm", bidirectional=True, n_layers=2, dropout=0.2, flip=True)
+
+    def history_of(seed):
+        _, history = stage.train(replace(config, seed=seed), data)
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in history]
+
+    assert history_of(3) == history_of(3) != history_of(4)
+
+
+def test_nothing_waits_for_the_device_between_log_rows(data, monkeypatch):
+    reads = []
+    for name in ("item", "__bool__", "__float__", "tolist", "cpu", "numpy"):
+        original = getattr(torch.Tensor, name)
+
+        def counted(tensor, *args, original=original, **kwargs):
+            reads.append(1)
+            return original(tensor, *args, **kwargs)
+
+        monkeypatch.setattr(torch.Tensor, name, counted)
+    numbers = []
+    for steps in (10, 50):
+        reads.clear()
+        stage.train(replace(SMALL, steps=steps, n_logs=1, flip=True, shift=1), data)
+        numbers.append(len(reads))
+    assert numbers[0] == numbers[1] > 0
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_as_diverged(data):
+    config = replace(SMALL, optimizer="sgd", lr=1e30, warmup=0.0, clip=0.0, steps=100, n_logs=10)
+    _, history = stage.train(config, data)
+    assert stage.status(history) == "diverged"
+    assert len(history) < 10
+
+
 def test_flipping_mirrors_about_half_of_the_images_left_to_right(data):
     torch.manual_seed(0)
     images = data.train.images[:400]
@@ -709,10 +767,15 @@ def test_any_model_is_evaluated_and_every_module_gets_its_own_flag_back(data):
     model.train()
     model.recurrent.cells[1].eval()
     flags = [module.training for module in model.modules()]
-    found = stage.evaluate(model, split)
+    found, again = stage.evaluate(model, split), stage.evaluate(model, split)
     assert [module.training for module in model.modules()] == flags
+    assert found["loss"] == again["loss"]  # dropout is off
     with torch.no_grad():
         logits = model.eval()(split.images)
+    options = {"labels": range(10), "average": "macro", "zero_division": 0}
+    p, r, f, _ = precision_recall_fscore_support(split.labels, logits.argmax(1), **options)
+    scores = [found[f"macro_{name}"] for name in ("precision", "recall", "f1")]
+    assert scores == pytest.approx([p, r, f])
     assert found["loss"] == pytest.approx(F.cross_entropy(logits, split.labels).item(), rel=1e-6)
     plain = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
 
@@ -846,3 +909,18 @@ def test_what_is_no_garment_is_refused(tmp_path):
     for name, words in (("even", "nearly even"), ("text", "not an image"), ("none", "no such")):
         with pytest.raises(ValueError, match=words):
             stage.read_garment(tmp_path / f"{name}.png")
+
+
+# ---- committed evidence ----
+
+EVIDENCE = stage.HERE / "figures" / "stage2"
+
+
+@pytest.mark.skipif(not (EVIDENCE / "gru.pt").exists(), reason="not trained with this table yet")
+def test_the_committed_weights_are_those_of_the_committed_rows(data):
+    tests = metrics.load_rows(EVIDENCE / "test_metrics.csv")
+    for name in stage.SELECTED:
+        row = tests[(tests["experiment"] == name) & (tests["seed"] == 0)].iloc[0]
+        model, config = stage.load_weights(EVIDENCE / f"{name}.pt")
+        found = stage.evaluate(model, data.test, config)
+        assert found["accuracy"] == pytest.approx(row["accuracy"], abs=2e-4)  # processors round
