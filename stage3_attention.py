@@ -961,7 +961,7 @@ def status(history: list[dict]) -> str:
 # -------- Experiments -----------------------------------------------------------------------------
 
 BASE = Config()  # 14 epochs, 3,010 steps
-SHORT = replace(BASE, d_model=64, batch_size=128, steps=300, n_logs=6)  # side questions
+SHORT = replace(BASE, d_model=64, batch_size=128, steps=300, n_logs=4)  # side questions
 MEAN_OF_ROWS = replace(SHORT, readout="mean")  # which tells nothing of a row's place by itself
 PADDED = replace(MEAN_OF_ROWS, position="none", padding=28)  # as many zeros as rows
 STEEP = replace(SHORT, lr=0.02, clip=0.0, n_blocks=4)
