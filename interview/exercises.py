@@ -157,7 +157,7 @@ def built(module, parameters: dict[str, Tensor]) -> nn.Module:
     module = module.double()
     own = dict(module.named_parameters())
     if set(own) != set(parameters):
-        wanted = ", ".join(parameters)
+        wanted = ", ".join(parameters) or "none"
         raise Mismatch(f"its parameters must be {wanted}; yours are {', '.join(own) or 'none'}")
     for name, values in parameters.items():
         if own[name].shape != values.shape:
@@ -2048,7 +2048,7 @@ def fitted(solution, w0, w, V, X, y, lr) -> dict:
         "dV_if = 2 (ŷ − y) (x_i Σ_j V_jf x_j − V_if x_i²)",
         "square_of_sum = (X @ self.V) ** 2  # (n, k)",
     ),
-    names="w0 a number, w (n_features,), V (n_features, k); fit goes a row a step and returns self",
+    names="w0 a number, w (n_features,), V (n_features, k); fit goes a row a step",
     methods=("__init__", "predict", "fit"),
 )
 def factorization_machine_cases():

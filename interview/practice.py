@@ -26,11 +26,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 import traceback
 import unicodedata
 import warnings
 from pathlib import Path
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import tyro
@@ -41,7 +43,9 @@ from interview.exercises import EXERCISES, TOPICS, Case, Exercise, Mismatch
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "practice"
 COMMAND = "python -m interview.practice"
-WHITEBOARD = {"math", "random", "typing", "collections", "numpy", "torch"}  # imports that are given
+WHITEBOARD = {"math", "random", "numpy", "torch"}  # modules whose imports are given
+NOTHING_YET = "nothing is written here yet (还没写)"
+Name = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME")]
 MEMORY = 8 * 2**30  # bytes that a version may take, where the system can say so
 
 
@@ -52,7 +56,7 @@ def parsed(exercise: Exercise) -> tuple[ast.Module, list[str]]:
     """The real one's file as a tree and as lines."""
     path = ROOT / exercise.path
     if not path.exists():
-        raise ValueError(f"{exercise.path}, where {exercise.name} belongs, is not there yet")
+        raise OSError(f"{exercise.path}, where {exercise.name} belongs, is not there yet")
     text = path.read_text(encoding="utf-8")
     return ast.parse(text), text.splitlines()
 
@@ -133,13 +137,17 @@ def stub_of(exercise: Exercise) -> str:
     else:
         stub = without_body(node, lines)
     stub = "\n".join(stub)
-    about = [f"{exercise.asked}", f"{exercise.asked_zh}", ""]
-    about += [f"Write it, then: {COMMAND} check {exercise.name}"]
-    about += ["Bad input is not checked here: no error has to be raised."]
+    about = [
+        exercise.asked,
+        exercise.asked_zh,
+        "",
+        f"Write it, then: {COMMAND} check {exercise.name}",
+        "Bad input is not checked here: no error has to be raised (不检查非法输入).",
+    ]
     if exercise.names:
-        about += [f"What the cases rely on: {exercise.names}."]
-    given = "\n".join(imports(tree, stub, exercise))
+        about.append(textwrap.fill(f"The cases rely on this: {exercise.names}.", width=96))
     text = "\n".join(about)
+    given = "\n".join(imports(tree, stub, exercise))
     return f'"""{text}\n"""\n\n{given}\n\n\n{stub}\n'
 
 
@@ -165,26 +173,37 @@ def source_of(name: str, text: str) -> str:
 # ---- Comparing a result with what is expected -----------------------------------------------
 
 
-def shown(value) -> str:
+def shown(value, name: str = "") -> str:
     """A value on a line or a few: small arrays whole, large ones by their first numbers."""
     if isinstance(value, Tensor):
         value = value.detach().cpu().numpy()
+    if isinstance(value, dict | list | tuple) and holds_arrays(value):
+        pairs = value.items() if isinstance(value, dict) else enumerate(value)
+        return "\n".join(shown(part, f"{name}[{key!r}]") for key, part in pairs)
+    equals = f"{name} = " if name else ""
     if isinstance(value, np.ndarray):
-        shape = f" of shape {value.shape}" if value.ndim else ""
-        if value.size <= 20 and value.ndim <= 2:
-            return np.array2string(value, precision=4, separator=", ", max_line_width=88) + shape
-        some = np.array2string(value.flatten()[:6], precision=4, separator=", ")
-        return f"{some[:-1]}, …]{shape}"
-    if isinstance(value, dict) and any(isinstance(part, Tensor) for part in value.values()):
-        return "\n".join(f"{name} {shown(part)}" for name, part in value.items())
-    if isinstance(value, list | tuple) and any(isinstance(part, Tensor) for part in value):
-        return "\n".join(shown(part) for part in value)
+        if value.size > 20 or value.ndim > 2:
+            some = np.array2string(value.flatten()[:6], precision=4, separator=", ")
+            return f"{equals}{some[:-1]}, …, shape {value.shape}"
+        text = np.array2string(value, precision=4, separator=", ", max_line_width=88)
+        return f"{equals}shape {value.shape}\n{text}" if "\n" in text else f"{equals}{text}"
     if isinstance(value, str) and "\n" in value:
-        return value
+        return f"{equals}\n{value}".lstrip("\n")
     short = reprlib.Repr()
     short.maxlist = short.maxtuple = short.maxdict = 8
     short.maxstring = short.maxother = 200
-    return short.repr(value)
+    return equals + short.repr(value)
+
+
+def holds_arrays(value) -> bool:
+    """Whether a dict, list or tuple holds arrays, at any depth."""
+    parts = value.values() if isinstance(value, dict) else value
+    for part in parts:
+        if isinstance(part, Tensor | np.ndarray):
+            return True
+        if isinstance(part, dict | list | tuple) and holds_arrays(part):
+            return True
+    return False
 
 
 def labelled(label: str, text: str) -> str:
@@ -195,8 +214,10 @@ def labelled(label: str, text: str) -> str:
 
 def differing(found, expected, place: str, remark: str) -> str:
     """The lines of a failing case about the two results."""
-    at = f"{place}: " if place else ""
-    lines = [labelled("expected", at + shown(expected)), labelled("yours", at + shown(found))]
+    lines = [
+        labelled("expected", shown(expected, place)),
+        labelled("yours", shown(found, place)),
+    ]
     if remark:
         lines.append(labelled("", f"({remark})"))
     return "\n".join(lines)
@@ -270,7 +291,7 @@ def report_of(error: BaseException, path: Path | None = None) -> str:
     """An error of the author's code in a line or two, without a traceback."""
     place = place_in(path, error)
     if isinstance(error, NotImplementedError) and "raise NotImplementedError" in place:
-        return labelled("", "nothing is written here yet (还没写)" + place)
+        return labelled("", NOTHING_YET + place)
     message = error.msg if isinstance(error, SyntaxError) else str(error)
     first = " ".join(message.split())[:300]
     return labelled("error", f"{type(error).__name__}: {first}" + place)
@@ -278,7 +299,7 @@ def report_of(error: BaseException, path: Path | None = None) -> str:
 
 def problem_of(case: Case, solution, path: Path | None = None) -> str:
     """Empty if a version does what the case asks, else the lines that say what it does."""
-    inputs = "\n".join(f"{name} = {shown(value)}" for name, value in case.inputs.items())
+    inputs = "\n".join(shown(value, name) for name, value in case.inputs.items())
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -288,7 +309,7 @@ def problem_of(case: Case, solution, path: Path | None = None) -> str:
         problem = labelled("yours", str(mismatch))
     except (Exception, SystemExit) as error:
         problem = report_of(error, path)
-        if "NotImplementedError" in problem:
+        if NOTHING_YET in problem:
             return problem
     return f"{labelled('input', inputs)}\n{problem}" if problem else ""
 
@@ -317,25 +338,36 @@ def limit_memory() -> None:
 
 
 def run_cases(name: str, path: str, results: str, seconds: str) -> None:
-    """The work of the other process: a line of JSON for each case; it ends itself after seconds."""
+    """The work of the other process: lines of JSON; it ends itself after so many seconds.
+
+    First the number of cases, then for each case what it tests and what is wrong, last null.
+    """
     cases = list(EXERCISES[name].cases())
     limit_memory()
     with open(results, "w", encoding="utf-8") as file, open(f"{results}.late", "w") as late:
+        print(len(cases), file=file, flush=True)
         faulthandler.dump_traceback_later(float(seconds), exit=True, file=late)
         try:
             solution = solution_in(Path(path), name)
+            for case in cases:
+                problem = problem_of(case, solution, Path(path))
+                print(json.dumps([case.what, problem]), file=file, flush=True)
         except Mismatch as mismatch:
-            print(json.dumps(["your file can be read", str(mismatch)]), file=file)
-            return
-        for case in cases:
-            problem = problem_of(case, solution, Path(path))
-            print(json.dumps([case.what, problem]), file=file, flush=True)
-        print(json.dumps(None), file=file)
+            print(json.dumps(["the file can be read", str(mismatch)]), file=file)
         faulthandler.cancel_dump_traceback_later()
+        print("null", file=file)
 
 
-def judged(name: str, path: Path, seconds: float) -> list[tuple[str, str]]:
-    """Each case and what is wrong with it, empty if it holds; from a process that cannot hang."""
+class Verdict(NamedTuple):
+    """What the cases say of a version."""
+
+    n_cases: int
+    holding: list[str]  # what each case tests
+    failing: list[tuple[str, str]]  # what it tests, and the lines that say what is wrong
+
+
+def judged(name: str, path: Path, seconds: float) -> Verdict:
+    """Run the cases on a file in a process of its own, which may crash or be ended."""
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "results"
         call = "import sys; from interview.practice import run_cases; run_cases(*sys.argv[1:])"
@@ -344,21 +376,22 @@ def judged(name: str, path: Path, seconds: float) -> list[tuple[str, str]]:
         options = {"cwd": ROOT, "stdin": subprocess.DEVNULL, "env": environment}
         done = subprocess.run(command, check=False, timeout=seconds + 300, **options)
         if not results.exists():
-            ended = f"the process that was to run it ended with {done.returncode}"
-            return [("your file can be run", labelled("error", ended))]
-        rows = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
+            raise OSError(f"the cases could not be run: exit code {done.returncode}")
+        lines = results.read_text(encoding="utf-8").splitlines()
         late = Path(f"{results}.late").read_text(encoding="utf-8", errors="replace")
+    n_cases, *rows = map(json.loads, lines)
     if rows and rows[-1] is None:
-        return rows[:-1]
-    if rows and rows[-1][0] == "your file can be read":
-        return rows
-    if "Timeout" in late:
+        rows.pop()
+    elif "Timeout" in late:
         line = re.search(rf'File "{re.escape(str(path))}", line (\d+)', late)
         where = f", at line {line[1]}" if line else ""
         problem = labelled("error", f"still at work after {seconds:g} seconds{where}: ended")
+        rows.append(["it comes to an end", problem])
     else:
-        problem = labelled("error", f"your code ended the process (exit code {done.returncode})")
-    return [*rows, ("it comes to an end", problem)]
+        problem = labelled("error", f"it ended the whole process (exit code {done.returncode})")
+        rows.append(["it comes to an end", problem])
+    holding = [what for what, problem in rows if not problem]
+    return Verdict(n_cases, holding, [(what, problem) for what, problem in rows if problem])
 
 
 # ---- How far you are ------------------------------------------------------------------------
@@ -371,8 +404,8 @@ def load_state(folder: Path) -> dict[str, dict]:
         return {}
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{path} cannot be read ({error}): delete it to count anew") from None
+    except (ValueError, TypeError) as error:
+        raise OSError(f"{path} cannot be read ({error}): delete it to count anew") from None
 
 
 def save_state(folder: Path, state: dict[str, dict]) -> None:
@@ -441,7 +474,7 @@ def stars_of(exercise: Exercise) -> int:
     return exercise.stars
 
 
-def start(name: tyro.conf.Positional[str], folder: Path = FOLDER) -> int:
+def start(name: Name, folder: Path = FOLDER) -> int:
     """Write a file with the signature and docstring of the real one, its body taken out.
 
     Args:
@@ -467,7 +500,7 @@ def start(name: tyro.conf.Positional[str], folder: Path = FOLDER) -> int:
     return 0
 
 
-def check(name: tyro.conf.Positional[str], folder: Path = FOLDER, seconds: float = 60) -> int:
+def check(name: Name, folder: Path = FOLDER, seconds: float = 60) -> int:
     """Run the cases on your version: what holds, and the first that fails. Exit 1 if one fails.
 
     Args:
@@ -482,31 +515,30 @@ def check(name: tyro.conf.Positional[str], folder: Path = FOLDER, seconds: float
     if not path.exists():
         print(f"{near(path)} is not there: {COMMAND} start {exercise.name}", file=sys.stderr)
         return 1
-    results = judged(exercise.name, path, seconds)
+    verdict = judged(exercise.name, path, seconds)
     known = load_state(folder).get(exercise.name, {})
-    failing = [(what, problem) for what, problem in results if problem]
     minutes = known.get("minutes")
-    if not failing and minutes is None and "started" in known:
+    if not verdict.failing and minutes is None and "started" in known:
         minutes = (time.time() - known["started"]) / 60
-    standing = "failing" if failing else "passed"
+    standing = "failing" if verdict.failing else "passed"
     change_state(folder, exercise.name, state=standing, minutes=minutes)
 
-    print(f"{exercise.name}: {len(results) - len(failing)} of {len(results)} cases hold")
-    for what, problem in results:
-        if not problem:
-            print(f"  holds     {what}")
-    if not failing:
-        taken = f", {minutes:.0f} minutes from start to here" if minutes is not None else ""
+    print(f"{exercise.name}: {len(verdict.holding)} of {verdict.n_cases} cases hold")
+    for what in verdict.holding:
+        print(f"  holds     {what}")
+    if not verdict.failing:
+        taken = "" if minutes is None else f", {minutes:.0f} minutes after its start"
         print(f"passed (通过){taken}. The real one: {COMMAND} show {exercise.name}")
         return 0
-    what, problem = failing[0]
+    what, problem = verdict.failing[0]
     print(f"  fails     {what}\n{problem}")
-    for what, _ in failing[1:]:
-        print(f"  fails too {what}")
+    others = [what for what, _ in verdict.failing[1:]]
+    if others and NOTHING_YET not in problem:
+        print(labelled("fail too", "\n".join(others)))
     return 1
 
 
-def hint(name: tyro.conf.Positional[str], folder: Path = FOLDER) -> int:
+def hint(name: Name, folder: Path = FOLDER) -> int:
     """The idea, then the formula, then the first line: one at a call.
 
     Args:
@@ -531,7 +563,7 @@ def width_of(line: str) -> int:
     return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in line)
 
 
-def show(name: tyro.conf.Positional[str], folder: Path = FOLDER) -> int:
+def show(name: Name, folder: Path = FOLDER) -> int:
     """The real one and yours, without docstrings: side by side where the screen is wide enough.
 
     Args:
@@ -574,12 +606,17 @@ def main(argv: list[str] | None = None) -> int:
             stream.reconfigure(errors="replace")
     arguments = sys.argv[1:] if argv is None else argv
     try:
-        return tyro.extras.subcommand_cli_from_dict(
+        code = tyro.extras.subcommand_cli_from_dict(
             COMMANDS, prog=COMMAND, description=__doc__, args=arguments or ["list"]
         )
+        sys.stdout.flush()
+        return code
     except ValueError as error:
         print(f"practice: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (OSError, subprocess.TimeoutExpired) as error:
         print(f"practice: {error}", file=sys.stderr)
         return 1
