@@ -225,7 +225,7 @@ def differing(found, expected, place: str, remark: str) -> str:
 
 def difference(found, expected, tolerance: float, place: str = "") -> str:
     """Empty if both are the same, else the lines that show where they differ first."""
-    if isinstance(expected, dict) and isinstance(found, dict):
+    if isinstance(expected, dict) and isinstance(found, dict) and is_record(expected):
         if found.keys() != expected.keys():
             return differing(list(found), list(expected), place, "the keys")
         for key, part in expected.items():
@@ -247,6 +247,11 @@ def difference(found, expected, tolerance: float, place: str = "") -> str:
     else:
         same = type(found) is type(expected) and found == expected
     return "" if same else differing(found, expected, place, "")
+
+
+def is_record(value: dict) -> bool:
+    """Whether a dict is several results under their names, and not itself one, as a tree is."""
+    return any(not isinstance(part, dict) for part in value.values())
 
 
 def number_difference(found, expected, tolerance: float) -> str:

@@ -691,7 +691,9 @@ def test_the_eight_archives_are_committed_and_nothing_unpacked_is():
 DOCUMENTS = ["README.md", "LEARNING_LOG.md"]
 
 
-@pytest.mark.parametrize("document", [*DOCUMENTS, "figures/stage1/summary.md"])
+@pytest.mark.parametrize(
+    "document", [*DOCUMENTS, "interview/README.md", "figures/stage1/summary.md"]
+)
 def test_every_link_of_a_document_leads_somewhere(document):
     text = (ROOT / document).read_text(encoding="utf-8")
     links = [link for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text) if "://" not in link]
