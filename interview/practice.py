@@ -18,12 +18,13 @@ import faulthandler
 import importlib.util
 import itertools
 import json
+import multiprocessing
 import numbers
 import os
 import re
 import reprlib
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
 import textwrap
@@ -342,20 +343,21 @@ def limit_memory() -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, hard))
 
 
-def run_cases(name: str, path: str, results: str, seconds: str) -> None:
+def run_cases(name: str, path: Path, results: Path, seconds: float) -> None:
     """The work of the other process: lines of JSON; it ends itself after so many seconds.
 
     First the number of cases, then for each case what it tests and what is wrong, last null.
     """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a word
     cases = list(EXERCISES[name].cases())
     limit_memory()
     with open(results, "w", encoding="utf-8") as file, open(f"{results}.late", "w") as late:
         print(len(cases), file=file, flush=True)
-        faulthandler.dump_traceback_later(float(seconds), exit=True, file=late)
+        faulthandler.dump_traceback_later(seconds, exit=True, file=late)
         try:
-            solution = solution_in(Path(path), name)
+            solution = solution_in(path, name)
             for case in cases:
-                problem = problem_of(case, solution, Path(path))
+                problem = problem_of(case, solution, path)
                 print(json.dumps([case.what, problem]), file=file, flush=True)
         except Mismatch as mismatch:
             print(json.dumps(["the file can be read", str(mismatch)]), file=file)
@@ -375,13 +377,15 @@ def judged(name: str, path: Path, seconds: float) -> Verdict:
     """Run the cases on a file in a process of its own, which may crash or be ended."""
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "results"
-        call = "import sys; from interview.practice import run_cases; run_cases(*sys.argv[1:])"
-        command = [sys.executable, "-c", call, name, str(path), str(results), str(seconds)]
-        environment = os.environ | {"PYTHONIOENCODING": "utf-8:replace"}
-        options = {"cwd": ROOT, "stdin": subprocess.DEVNULL, "env": environment}
-        done = subprocess.run(command, check=False, timeout=seconds + 300, **options)
+        # a fork has torch loaded already, but is safe on Linux alone
+        context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+        process = context.Process(target=run_cases, args=(name, path, results, seconds))
+        process.start()
+        process.join(seconds + 300)  # it should have ended itself
+        process.kill()
+        process.join()
         if not results.exists():
-            raise OSError(f"the cases could not be run: exit code {done.returncode}")
+            raise OSError(f"the cases could not be run: exit code {process.exitcode}")
         lines = results.read_text(encoding="utf-8").splitlines()
         late = Path(f"{results}.late").read_text(encoding="utf-8", errors="replace")
     n_cases, *rows = map(json.loads, lines)
@@ -393,7 +397,7 @@ def judged(name: str, path: Path, seconds: float) -> Verdict:
         problem = labelled("error", f"still at work after {seconds:g} seconds{where}: ended")
         rows.append(["it comes to an end", problem])
     else:
-        problem = labelled("error", f"it ended the whole process (exit code {done.returncode})")
+        problem = labelled("error", f"it ended the whole process (exit code {process.exitcode})")
         rows.append(["it comes to an end", problem])
     holding = [what for what, problem in rows if not problem]
     return Verdict(n_cases, holding, [(what, problem) for what, problem in rows if problem])
@@ -622,7 +626,7 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except OSError as error:
         print(f"practice: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
