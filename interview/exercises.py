@@ -1862,7 +1862,7 @@ def logistic_regression_cases():
     from sklearn.linear_model import LogisticRegression
 
     X = draw(12, 3, seed=102).numpy()
-    y = (X[:, 0] + draw(12, seed=103).numpy() > 0).astype(float)
+    y = (X[:, 0] + draw(12, seed=103).numpy() > -0.8).astype(float)  # the bias matters
     leaves = torch.zeros(4, dtype=torch.float64, requires_grad=True)
     theta = leaves
     for _ in range(2):

@@ -345,6 +345,139 @@ def lasso_of_sums(X, y, alpha):
     return real("lasso")(X, y, alpha / len(X))
 
 
+class GRUWithEarlyReset(exercises.TorchCell):
+    def __init__(self, n_in, n_hidden):
+        super().__init__(n_in, n_hidden, "gru")
+
+    def forward(self, x, h=None):
+        h = torch.zeros(len(x), self.W_hh.in_features, dtype=x.dtype) if h is None else h
+        x_r, x_z, x_n = self.W_xh(x).chunk(3, 1)
+        h_r, h_z, _ = self.W_hh(h).chunk(3, 1)
+        r = torch.sigmoid(x_r + h_r)
+        z = torch.sigmoid(x_z + h_z)
+        W_n = self.W_hh.weight.chunk(3)[2]
+        n = torch.tanh(x_n + F.linear(r * h, W_n, self.W_hh.bias.chunk(3)[2]))
+        return (1 - z) * n + z * h
+
+
+class LSTMWithoutForgetting(exercises.TorchCell):
+    def __init__(self, n_in, n_hidden):
+        super().__init__(n_in, n_hidden, "lstm")
+
+    def forward(self, x, state=None):
+        h, c = super().forward(x, state)
+        return (h, c) if state is None else (h, c + state[1])
+
+
+class RNNWithoutPast(exercises.TorchCell):
+    def __init__(self, n_in, n_hidden, activation="tanh"):
+        super().__init__(n_in, n_hidden, "rnn", activation)
+
+    def forward(self, x, state=None):
+        return super().forward(x, None if state is None else 0 * state)
+
+
+def recurrent_past_the_end(**options):
+    model = real("Recurrent")(**options)
+    forward = model.forward
+    model.forward = lambda x, lengths: forward(x)
+    return model
+
+
+class HeadsInTurn(exercises.TorchAttention):
+    """Query head h reads key/value head h mod G."""
+
+    def repeated(self, shared):
+        n_times = self.n_heads // self.n_kv_heads
+        return torch.cat([shared] * n_times)
+
+    def forward(self, *arguments, cache=None, **options):
+        return super().forward(*arguments, **options)
+
+
+class WithoutOutput(exercises.TorchAttention):
+    def __init__(self, d_model, n_heads):
+        super().__init__(d_model, n_heads, n_heads)
+
+    def forward(self, x, context=None, mask=None, causal=False, cache=None):
+        out, weights = super().forward(x, context, mask, causal)
+        return (out - self.W_o.bias) @ torch.linalg.inv(self.W_o.weight).T, weights
+
+
+class MeanWeights(WithoutOutput):
+    def forward(self, x, context=None, mask=None, causal=False, cache=None):
+        out, weights = exercises.TorchAttention.forward(self, x, context, mask, causal)
+        return out, weights.mean(1)
+
+
+class SwiGLUExchanged(exercises.PlainSwiGLU):
+    def forward(self, x):
+        return self.w2(F.silu(self.w3(x)) * self.w1(x))
+
+
+class GroupsOfAllPixels(nn.GroupNorm):
+    def __init__(self, groups, n):
+        super().__init__(1, n)
+
+
+class RMSNormCentred(nn.RMSNorm):
+    def forward(self, x):
+        return super().forward(x - x.mean(-1, keepdim=True))
+
+
+def layer_norm_backward_of_constants(grad, x, weight, eps=1e-5):
+    _, dweight, dbias = real("layer_norm_backward")(grad, x, weight, eps)
+    return grad * weight / torch.sqrt(x.var(-1, correction=0, keepdim=True) + eps), dweight, dbias
+
+
+def batch_norm_backward_in_two(grad, x, weight, eps=1e-5):
+    return real("batch_norm_backward")(grad, x, weight, eps)[:2]
+
+
+class DampedSGD(torch.optim.SGD):
+    def __init__(self, params, lr, momentum=0.0, weight_decay=0.0):
+        super().__init__(params, lr * (1 - momentum), momentum, weight_decay=weight_decay)
+
+
+def corr2d_turned(X, K):
+    return F.conv2d(X[None, None], K.flip(0, 1)[None, None])[0, 0]
+
+
+def max_pool2d_of_the_rest(x, k):
+    return F.max_pool2d(x, k, ceil_mode=True)
+
+
+def penalised_bias(X, y, lr, epochs, batch_size=1, l2=0.0, seed=0):
+    ones = np.column_stack([X, np.ones(len(X))])
+    theta = np.zeros(ones.shape[1])
+    for _ in range(epochs):
+        error = 1 / (1 + np.exp(-ones @ theta)) - y
+        theta -= lr * (ones.T @ error / len(X) + l2 * theta)
+    return theta[:-1], theta[-1]
+
+
+def bce_without_clipping(p, y):
+    with np.errstate(all="ignore"):
+        return float(-np.mean(y * np.log(p) + (1 - y) * np.log(1 - p)))
+
+
+def k_means_from_the_first_rows(X, k, n_init=10, max_iter=300, seed=0):
+    from interview.classical import lloyd
+
+    return lloyd(X, X[:k], max_iter)
+
+
+class PairsTwice(real("FactorizationMachine")):
+    def predict(self, X):
+        linear = self.w0 + X @ self.w
+        return linear + 2 * (super().predict(X) - linear)
+
+
+def draw_without_corners(tree):
+    return real("draw")(tree).replace("└", "├")
+
+
+GRU_CASE = "gru, 1 layer(s), forwards, lengths=[5, 2, 4]"
 WRONG = [  # a version, the exercise, a case that it fails, and what is said
     (softmax_without_maximum, "softmax", "values of ±1000", "nan"),
     (softmax_of_the_whole_maximum, "softmax", "rows far below and far above 0", "nan at [0, 0]"),
@@ -383,6 +516,36 @@ WRONG = [  # a version, the exercise, a case that it fails, and what is said
     (attention_with_nan_rows, "attention", "a query that may see nothing gets zeros", "nan at"),
     (CacheThatKeepsItsLength, "KVCache", "four tokens, then one, with room left", "reset = 5"),
     (bptt_of_one_step, "bptt", "tanh, 5 step(s)", "W_xh.weight"),
+    (GRUWithEarlyReset, "GRUCell", "from a given state", "h after step 1"),
+    (LSTMWithoutForgetting, "LSTMCell", "from a given state", "c after step 1"),
+    (RNNWithoutPast, "RNNCell", "three steps from no state", "h after step 2"),
+    (recurrent_past_the_end, "Recurrent", GRU_CASE, "outputs"),
+    (HeadsInTurn, "GroupedQueryAttention", "a sequence attends to itself", "out"),
+    (WithoutOutput, "MultiHeadAttention", "a sequence attends to itself", "out"),
+    (MeanWeights, "MultiHeadAttention", "causal", "the shape must be (3, 3, 5, 5), not (3, 5, 5)"),
+    (SwiGLUExchanged, "SwiGLU", "two rows", "result"),
+    (GroupsOfAllPixels, "GroupNorm", "x of shape (4, 6)", "result"),
+    (RMSNormCentred, "RMSNorm", "x of shape (3, 4)", "result"),
+    (
+        layer_norm_backward_of_constants,
+        "layer_norm_backward",
+        "x of shape (3, 4), eps 1e-05",
+        "yours     dx",
+    ),
+    (
+        batch_norm_backward_in_two,
+        "batch_norm_backward",
+        "x of shape (4, 2), eps 0.1",
+        "dx, dweight, dbias must come back, not tuple of 2",
+    ),
+    (DampedSGD, "SGD", "lr 0.1, momentum 0.9", "parameter 0 after step 1"),
+    (corr2d_turned, "corr2d", "a 2 × 3 kernel", "result"),
+    (max_pool2d_of_the_rest, "max_pool2d", "channels, and a rest that is dropped", "the shape"),
+    (penalised_bias, "logistic_regression", "to the end: scikit-learn's minimum", "yours"),
+    (bce_without_clipping, "binary_cross_entropy", "certain, and once wrong", "nan"),
+    (k_means_from_the_first_rows, "k_means", "four clusters far apart", "centers, in order"),
+    (PairsTwice, "FactorizationMachine", "predicts the double sum", "largest difference"),
+    (draw_without_corners, "draw", "one leaf", "├── one"),
     (first_pivot, "quicksort", "5,000 sorted already", "RecursionError"),
     (sorted_in_place, "quicksort", "a few values, some equal", "a new list = False"),
     (greedy, "fewest", "48 pence: greedy takes three", "yours     3"),
