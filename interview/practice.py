@@ -69,21 +69,17 @@ def definitions(tree: ast.Module) -> dict[str, ast.stmt]:
 
 
 def first_line(node) -> int:
-    """Where a definition starts, its decorators included."""
-    return min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+    """Where a statement starts, a definition's decorators included."""
+    decorators = getattr(node, "decorator_list", [])
+    return min([node.lineno, *(decorator.lineno for decorator in decorators)])
 
 
 def header(node, lines: list[str]) -> list[str]:
     """Decorators, signature and docstring of a function or class."""
     body = node.body[0]
-    end = body.end_lineno if ast.get_docstring(node) is not None else first_line_of(body) - 1
+    end = body.end_lineno if ast.get_docstring(node) is not None else first_line(body) - 1
     found = lines[first_line(node) - 1 : end]
     return [line for line in found if not line.lstrip().startswith("#")]
-
-
-def first_line_of(statement) -> int:
-    """Where a statement starts, with a definition's decorators."""
-    return first_line(statement) if hasattr(statement, "decorator_list") else statement.lineno
 
 
 def without_body(node, lines: list[str]) -> list[str]:
@@ -183,17 +179,24 @@ def shown(value, name: str = "") -> str:
         return "\n".join(shown(part, f"{name}[{key!r}]") for key, part in pairs)
     equals = f"{name} = " if name else ""
     if isinstance(value, np.ndarray):
-        if value.size > 20 or value.ndim > 2:
-            some = np.array2string(value.flatten()[:6], precision=4, separator=", ")
-            return f"{equals}{some[:-1]}, …, shape {value.shape}"
-        text = np.array2string(value, precision=4, separator=", ", max_line_width=88)
-        return f"{equals}shape {value.shape}\n{text}" if "\n" in text else f"{equals}{text}"
+        if value.size > 24:
+            return f"{equals}{digits_of(value.flatten()[:6])[:-1]}, …, shape {value.shape}"
+        text = digits_of(value)
+        return f"{equals}shape {value.shape}\n{text}" if value.ndim > 1 else f"{equals}{text}"
     if isinstance(value, str) and "\n" in value:
         return f"{equals}\n{value}".lstrip("\n")
-    short = reprlib.Repr()
-    short.maxlist = short.maxtuple = short.maxdict = 8
-    short.maxstring = short.maxother = 200
-    return equals + short.repr(value)
+    brief = reprlib.Repr()
+    brief.maxlist = brief.maxtuple = brief.maxdict = 8
+    brief.maxstring = brief.maxother = 200
+    return equals + brief.repr(value)
+
+
+def digits_of(array: np.ndarray) -> str:
+    """An array's numbers with four decimals; 1e-17 is 0 beside a 1, but not beside a 1e-12."""
+    is_large = array.size > 0 and np.abs(array).max() > 1e-3
+    options = {"precision": 4, "suppress_small": bool(is_large), "max_line_width": 88}
+    lines = np.array2string(array, separator=", ", **options).splitlines()
+    return "\n".join(line for line in lines if line.strip())
 
 
 def holds_arrays(value) -> bool:
@@ -275,6 +278,8 @@ def number_difference(found, expected, tolerance: float) -> str:
     if not np.isfinite(ours[place]):
         return f"{ours[place]}{at}"
     remark = f"largest difference {distance.max():.3g}{at}"
+    if place and ours.size > 24:
+        remark += f": {theirs[place]:.4g} expected, yours {ours[place]:.4g}"
     if ours.dtype in (np.float32, np.float16) and distance.max() < 1e-3:
         remark += f"; the input is float64, and yours became {ours.dtype}"
     return remark
@@ -450,7 +455,7 @@ def file_of(exercise: Exercise, folder: Path) -> Path:
     return folder.resolve() / f"{exercise.name}.py"
 
 
-def near(path: Path) -> str:
+def short(path: Path) -> str:
     """A path as short as it can be written from here."""
     return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
 
@@ -498,12 +503,12 @@ def start(name: Name, folder: Path = FOLDER) -> int:
         with open(path, "x", encoding="utf-8") as file:
             file.write(stub)
     except FileExistsError:
-        print(f"{near(path)} is there already, and was left as it is", file=sys.stderr)
+        print(f"{short(path)} is there already, and was left as it is", file=sys.stderr)
         return 1
     change_state(folder, exercise.name, started=time.time())
     print(f"{exercise.name} {'★' * exercise.stars}  {exercise.topic}")
     print(f"{exercise.asked}\n{exercise.asked_zh}\n")
-    print(f"written: {near(path)}: fill in what says NotImplementedError, then")
+    print(f"written: {short(path)}: fill in what says NotImplementedError, then")
     print(f"  {COMMAND} check {exercise.name}")
     print(f"  {COMMAND} hint {exercise.name}    if you are stuck")
     return 0
@@ -522,7 +527,7 @@ def check(name: Name, folder: Path = FOLDER, seconds: float = 60) -> int:
         raise ValueError(f"--seconds must be above 0, and below a million, not {seconds:g}")
     path = file_of(exercise, folder)
     if not path.exists():
-        print(f"{near(path)} is not there: {COMMAND} start {exercise.name}", file=sys.stderr)
+        print(f"{short(path)} is not there: {COMMAND} start {exercise.name}", file=sys.stderr)
         return 1
     verdict = judged(exercise.name, path, seconds)
     known = load_state(folder).get(exercise.name, {})
@@ -588,7 +593,7 @@ def show(name: Name, folder: Path = FOLDER) -> int:
         print(f"\nnone of yours yet: {COMMAND} start {exercise.name}")
         return 0
     text = path.read_text(encoding="utf-8", errors="replace")
-    yours = [f"# {near(path)}", *source_of(exercise.name, text).splitlines()]
+    yours = [f"# {short(path)}", *source_of(exercise.name, text).splitlines()]
     left = max(map(width_of, real))
     right = max(map(width_of, yours))
     if left + 3 + right > shutil.get_terminal_size().columns:
