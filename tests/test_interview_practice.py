@@ -22,8 +22,6 @@ from interview import exercises, practice
 from interview.exercises import EXERCISES
 from interview.practice import main, problem_of, shown, solution_in, stub_of
 
-PRESENT = [name for name, exercise in EXERCISES.items() if (ROOT / exercise.path).exists()]
-
 
 @functools.cache
 def cases_of(name):
@@ -54,8 +52,6 @@ def run(*arguments):
 
 @pytest.mark.parametrize("name", EXERCISES)
 def test_the_real_one_holds_every_case(name):
-    if name not in PRESENT:
-        pytest.skip(f"{EXERCISES[name].path} is not there yet")
     assert len(cases_of(name)) >= 2
     assert problems(name, real(name)) == {}
     assert len({case.what for case in cases_of(name)}) == len(cases_of(name))
@@ -68,20 +64,6 @@ def nothing(*arguments, **options):
 @pytest.mark.parametrize("name", EXERCISES)
 def test_a_version_that_gives_nothing_fails_every_case(name):
     assert len(problems(name, nothing)) == len(cases_of(name))
-
-
-def test_the_convolutions_cases_hold_for_torchs_own():
-    def max_pool2d(x, k):
-        return F.max_pool2d(x, k)
-
-    def corr2d(X, K):
-        return X.unfold(0, K.shape[0], 1).unfold(1, K.shape[1], 1).mul(K).sum((-1, -2))
-
-    assert problems("conv2d", F.conv2d) == {}
-    assert problems("conv_transpose2d", F.conv_transpose2d) == {}
-    assert problems("max_pool2d", max_pool2d) == {}
-    assert problems("avg_pool2d", F.avg_pool2d) == {}
-    assert problems("corr2d", corr2d) == {}
 
 
 # ---- Wrong versions: each is a mistake that the files' 'Mistakes' name or that is often made ----
@@ -672,7 +654,7 @@ def test_values_are_shown_short():
 # ---- The files that are handed out ----
 
 
-@pytest.mark.parametrize("name", PRESENT)
+@pytest.mark.parametrize("name", EXERCISES)
 def test_a_stub_has_signature_and_docstring_of_the_real_one_and_no_body(name, tmp_path):
     text = stub_of(EXERCISES[name])
     path = written(tmp_path, text, name)
@@ -817,8 +799,6 @@ CONV2D = """
 
 @pytest.mark.parametrize(("name", "body"), [("attention", ATTENTION), ("conv2d", CONV2D)])
 def test_a_stranger_gets_through(name, body, tmp_path, capsys, monkeypatch):
-    if name not in PRESENT:
-        pytest.skip(f"{EXERCISES[name].path} is not there yet")
     monkeypatch.setattr(practice, "judged", in_this_process)
     where = ["--folder", tmp_path]
     assert run("start", name, *where) == 0
