@@ -33,8 +33,15 @@ OPTIMIZERS = "Optimizers (优化器)"
 CLASSICAL = "Classical machine learning (经典机器学习)"
 PUZZLES = "Small programs (小题)"
 TOPICS = (
-    *(METRICS, LOSSES, LAYERS, CONVOLUTION, RECURRENT),
-    *(ATTENTION, OPTIMIZERS, CLASSICAL, PUZZLES),
+    METRICS,
+    LOSSES,
+    LAYERS,
+    CONVOLUTION,
+    RECURRENT,
+    ATTENTION,
+    OPTIMIZERS,
+    CLASSICAL,
+    PUZZLES,
 )
 
 
@@ -2101,6 +2108,18 @@ def tree_cases():
     yield Case("forty levels", {"paths": [deep]}, expected)
 
 
+DRAWN = """\
+├── a
+│   ├── b
+│   │   ├── c
+│   │   └── f
+│   └── d
+│       └── g
+├── e
+└── h
+    └── i"""
+
+
 @exercise(
     "interview/puzzles.py",
     "draw",
@@ -2117,11 +2136,7 @@ def tree_cases():
 )
 def draw_cases():
     nested = {"a": {"b": {"c": {}, "f": {}}, "d": {"g": {}}}, "e": {}, "h": {"i": {}}}
-    lines = (
-        *("├── a", "│   ├── b", "│   │   ├── c", "│   │   └── f", "│   └── d", "│       └── g"),
-        *("├── e", "└── h", "    └── i"),
-    )
-    yield Case("three levels", {"tree": nested}, "\n".join(lines))
+    yield Case("three levels", {"tree": nested}, DRAWN)
     yield Case("one leaf", {"tree": {"one": {}}}, "└── one")
     yield Case("nothing", {"tree": {}}, "")
 
