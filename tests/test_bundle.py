@@ -80,9 +80,9 @@ def rows_of(folder, table="runs"):
     return metrics.load_rows(folder / f"{table}.csv", as_text=True)
 
 
-def launch(stage, *arguments, **options):
+def launch(script, *arguments, **options):
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | options.pop("env", {})
-    command = [sys.executable, stage.__file__, *map(str, arguments)]
+    command = [sys.executable, script, *map(str, arguments)]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
     return subprocess.Popen(command, env=environment, **options)
 
@@ -234,7 +234,9 @@ def smoke(stage, tmp_path_factory):
         "PYTHONIOENCODING": "ascii",
         "DISPLAY": "",
     }
-    process = launch(stage, "--smoke", "--out", folder / "out", cwd=folder, env=environment)
+    process = launch(
+        stage.__file__, "--smoke", "--out", folder / "out", cwd=folder, env=environment
+    )
     code, out, error = finish(process)
     assert code == 0, error
     return folder / "out" / stage.__name__.split("_")[0], out
@@ -351,21 +353,31 @@ def test_what_is_finished_is_found_and_what_is_outdated_is_trained_again(
     pd.testing.assert_frame_equal(rows_of(folder), rows)
 
 
-def test_two_workers_give_the_rows_of_one(stage, tmp_path, folder_of):
-    """The experiment's Configs made small by a script, since --smoke stays in one process."""
-    code = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {stage.__name__} as stage\n"
-        f"table = stage.EXPERIMENTS[{QUICK[stage.__name__]!r}]\n"
-        "table.update({v: stage.smoke_config(c) for v, c in table.items()})\n"
-        "sys.exit(stage.main(sys.argv[1:]))\n"
-    )
+@pytest.fixture(scope="module")
+def small_script(stage, tmp_path_factory):
+    """The stage's file in a folder of its own, with every run of its table as small as in a smoke
+    run: many runs of a moment each, which start as a user's do."""
+    folder = tmp_path_factory.mktemp("small")
+    shutil.copy(ROOT / "metrics.py", folder)
+    program, start = Path(stage.__file__).read_text(encoding="utf-8").rsplit("\n\nif __name__", 1)
+    shrink = "\n\nfor values in EXPERIMENTS.values():\n"
+    shrink += "    values.update({name: smoke_config(config) for name, config in values.items()})"
+    script = folder / Path(stage.__file__).name
+    script.write_text(f"{program}{shrink}\n\nif __name__{start}", encoding="utf-8")
+    return script
+
+
+def on_data(*words):
+    return [*words, "--data-dir", str(ROOT / "data")]
+
+
+def test_two_workers_give_the_rows_of_one(stage, small_script, tmp_path, folder_of):
     rows = []
     for workers in ("1", "2"):
         out = tmp_path / workers
         words = ["--only", QUICK[stage.__name__], "--seeds", "2", "--workers", workers]
-        command = [sys.executable, "-c", code, *words, "--out", str(out)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
+        code, _, error = finish(launch(small_script, *on_data(*words), "--out", out))
+        assert code == 0, error
         tables = [rows_of(folder_of(out), table) for table in ("runs", "history")]
         rows.append([table.drop(columns="seconds") for table in tables])
     for one, two in zip(*rows, strict=True):
@@ -391,7 +403,7 @@ def test_dask_gives_the_rows_of_one_process(stage, quick, tmp_path, folder_of):
     with subprocess.Popen([sys.executable, script], cwd=tmp_path, **pipes) as cluster:
         address = cluster.stdout.readline().strip()
         words = ["--smoke", "--only", QUICK[stage.__name__], "--dask", address]
-        code, _, error = finish(launch(stage, *words, "--out", tmp_path / "dask"))
+        code, _, error = finish(launch(stage.__file__, *words, "--out", tmp_path / "dask"))
         cluster.stdin.close()
     assert code == 0, error
     for table in ("runs", "history"):
@@ -400,10 +412,10 @@ def test_dask_gives_the_rows_of_one_process(stage, quick, tmp_path, folder_of):
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
-def test_a_killed_job_loses_its_run_alone_and_goes_on(stage, tmp_path, folder_of):
+def test_a_killed_job_loses_its_run_alone_and_goes_on(stage, small_script, tmp_path, folder_of):
     folder = folder_of(tmp_path)
-    experiment = QUICK[stage.__name__]
-    process = launch(stage, "--only", experiment, "--workers", "2", "--out", tmp_path)
+    words = on_data("--only", QUICK[stage.__name__], "--seeds", "200", "--workers", "2")
+    process = launch(small_script, *words, "--out", tmp_path)
     wait_for_rows(folder, process)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(process.pid, signal.SIGKILL)
@@ -421,9 +433,17 @@ def test_a_killed_job_loses_its_run_alone_and_goes_on(stage, tmp_path, folder_of
     assert "77" not in set(rows_of(folder, "history")["seed"])
     assert not list(folder.glob("*.aside"))
     pd.testing.assert_frame_equal(rows_of(folder), finished)
-    todo, n_outdated = stage.unfinished(stage.runs_of([experiment], 1), folder)
-    assert len(todo) == len(stage.EXPERIMENTS[experiment]) - len(finished)
-    assert n_outdated == 0
+    words = on_data("--only", QUICK[stage.__name__], "--workers", "1", "--out", str(tmp_path))
+    code, out, error = finish(launch(small_script, *words))  # the first seed of each value
+    assert code == 0, error
+    first = finished[finished["seed"] == "0"]
+    n_values = len(stage.EXPERIMENTS[QUICK[stage.__name__]])
+    assert f"{len(first)} of {n_values} runs found there" in out
+    after = rows_of(folder)
+    assert (after["seed"] == "0").sum() == n_values
+    key = ["experiment", "value", "seed"]
+    kept = after.merge(finished[key], on=key)
+    pd.testing.assert_frame_equal(kept, finished)
 
 
 def is_running(process):
@@ -444,19 +464,20 @@ def wait_for_rows(folder, process):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_job_says_how_to_go_on_and_leaves_nothing(
-    stage, tmp_path, folder_of, number, code
+    stage, small_script, tmp_path, folder_of, number, code
 ):
     temporary = tmp_path / "tmp"
     temporary.mkdir()
     environment = {"TMPDIR": str(temporary), "JOBLIB_TEMP_FOLDER": str(temporary)}
-    words = ["--only", QUICK[stage.__name__], "--workers", "2", "--out", str(tmp_path / "o o")]
-    process = launch(stage, *words, env=environment, cwd=tmp_path)
+    words = on_data("--only", QUICK[stage.__name__], "--seeds", "200", "--workers", "2")
+    words += ["--out", str(tmp_path / "o o")]
+    process = launch(small_script, *words, env=environment, cwd=tmp_path)
     wait_for_rows(folder_of(tmp_path / "o o"), process)
     process.send_signal(number)
     returned, _, error = finish(process)
     assert returned == code
     last = error.strip().splitlines()[-1]
-    assert f"python {stage.__file__} --only" in last
+    assert f"python {small_script} --only" in last
     assert "'" in last  # the folder with a space is quoted
     assert len(rows_of(folder_of(tmp_path / "o o"))) >= 1
     deadline = time.monotonic() + 20
@@ -618,7 +639,7 @@ def test_folders_of_any_name(stage, quick, tmp_path, folder_of):
     """One in Chinese, and in it one whose bytes are no UTF-8."""
     out = tmp_path / "结果" / b"\xbd\xe1".decode("utf-8", "surrogateescape")
     shutil.copytree(quick, folder_of(out))
-    process = launch(stage, "plot", "--out", out, env={"LC_ALL": "C", "PYTHONUTF8": "0"})
+    process = launch(stage.__file__, "plot", "--out", out, env={"LC_ALL": "C", "PYTHONUTF8": "0"})
     code, _, error = finish(process)
     assert code == 0, error
 
@@ -644,12 +665,12 @@ def test_a_table_from_a_spreadsheet_is_read_and_a_damaged_one_is_named(
 def test_streams_that_are_closed_or_full(stage, quick):
     out = quick.parent
     with open("/dev/full", "w") as full:
-        code, _, error = finish(launch(stage, "plot", "--out", out, stdout=full))
+        code, _, error = finish(launch(stage.__file__, "plot", "--out", out, stdout=full))
     assert code == 1
     assert error.count("\n") == 1
     reader, writer = os.pipe()
     os.close(reader)
-    code, _, error = finish(launch(stage, "plot", "--out", out, stdout=writer))
+    code, _, error = finish(launch(stage.__file__, "plot", "--out", out, stdout=writer))
     os.close(writer)
     assert "Traceback" not in error
 
