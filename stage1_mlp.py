@@ -167,7 +167,7 @@ class Split(NamedTuple):
 
 class Data(NamedTuple):
     train: Split  # in a random order, so that the first n of them are a fair sample
-    val: Split
+    val: Split  # class by class
     test: Split
 
 
@@ -1646,6 +1646,7 @@ def load_weights(path: Path) -> MLP:
     try:
         saved = torch.load(path, weights_only=True, map_location="cpu")
         config = Config(**saved["config"])
+        config.check()
         model = MLP(config.hidden, activation=config.activation, dropout=config.dropout)
         model.load_state_dict(saved["weights"])
     except FileNotFoundError:
@@ -1711,9 +1712,10 @@ def benchmark(command: BenchmarkCommand) -> None:
         origin = origin_of_rows(device) | {"threads": torch.get_num_threads()}
         rows = [{"experiment": "benchmark"} | row | origin for row in rows]
         metrics.replace_rows(folder, {"benchmark": rows}, [])
-        draw_side_tables(folder)
         if (folder / "runs.csv").exists():
             draw_all(folder)
+        else:
+            draw_side_tables(folder)
     for row in rows:
         print(f"{row['ratio']:.2f}  {row['name']}")
 

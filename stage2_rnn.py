@@ -1969,6 +1969,7 @@ def load_weights(path: Path) -> tuple[RecurrentClassifier, Config]:
     try:
         saved = torch.load(path, weights_only=True, map_location="cpu")
         config = Config(**saved["config"])
+        config.check()
         model = build(config)
         model.load_state_dict(saved["weights"])
     except FileNotFoundError:
