@@ -394,27 +394,30 @@ def attention(
     check_heads(q, k, v)
     B, H, T, d = q.shape
     G, S, d_v = v.shape[1:]
+    group_queries = H // G * T  # that read the same key/value head
     if scale is None:
         scale = 1 / math.sqrt(d)
     # half precision is too coarse for scores and their softmax, and float16 ends at 65,504
-    exact = torch.promote_types(q.dtype, torch.float32)
+    score_dtype = torch.promote_types(q.dtype, torch.float32)
 
     # [Q0 Q1 | Q2 Q3] meets [K0 | K1]: the queries of a group, one below the other, are multiplied
-    # by the one head of keys they share. Nothing is copied to [K0 K0 | K1 K1]
-    queries = (q.to(exact) * scale).reshape(B, G, H // G * T, d)
-    scores = queries @ k.to(exact).mT  # (B, G, H/G · T, S)
-    scores = scores.reshape(B, H, T, S)
-    if mask is None and not causal:
-        weights = scores.softmax(-1)
-    else:
-        scores = hide(scores, mask, causal)  # (B, H, T, S), -∞ where a query may not look
-        weights = softmax_or_zeros(scores)
-    weights = weights.to(q.dtype)  # (B, H, T, S)
-    context_vec = weights.reshape(B, G, H // G * T, S) @ v  # (B, G, H/G · T, d_v)
+    # by the one head of keys they share. No head is copied, to [K0 K0 | K1 K1]; but keys in half
+    # precision are widened to float32 for the product, and that is a copy of these G heads
+    queries = (q.to(score_dtype) * scale).reshape(B, G, group_queries, d)
+    with torch.autocast(q.device.type, enabled=False):  # it would round both products' factors
+        scores = queries @ k.to(score_dtype).mT  # (B, G, H/G · T, S)
+        scores = scores.reshape(B, H, T, S)
+        if mask is None and not causal:
+            weights = scores.softmax(-1)
+        else:
+            scores = masked_scores(scores, mask, causal)  # -∞ where a query may not look
+            weights = softmax_or_zeros(scores)
+        weights = weights.to(q.dtype)  # (B, H, T, S)
+        context_vec = weights.reshape(B, G, group_queries, S) @ v  # (B, G, H/G · T, d_v)
     return context_vec.reshape(B, H, T, d_v), weights
 
 
-def hide(scores: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+def masked_scores(scores: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
     """Scores (B, H, T, S) with -∞ where a query may not look, or with a float mask added."""
     T, S = scores.shape[2:]
     if mask is not None:
@@ -489,7 +492,7 @@ class MultiHeadAttention(nn.Module):
             if cache is not None:
                 keys, values = cache.append(keys, values)  # (B, H, all S so far, d)
             context_vec, weights = attention(queries, keys, values, mask, causal)  # (B, H, T, d)
-        return self.W_o(join_heads(context_vec)), weights
+            return self.W_o(join_heads(context_vec)), weights
 
 
 class GroupedQueryAttention(nn.Module):
@@ -497,7 +500,7 @@ class GroupedQueryAttention(nn.Module):
 
     As MultiHeadAttention, which it equals at n_kv_heads = n_heads, but W_k and W_v are smaller.
     position "rotary" turns queries and keys by their place; "relative" gives every distance a
-    learned vector, see `relative_scores`; both compare places in one sequence, so there can be no
+    learned vector, see `relative_bias`; both compare places in one sequence, so there can be no
     context. scaled=False leaves the 1 / √d out. ValueError on sizes that do not fit.
     """
 
@@ -535,24 +538,27 @@ class GroupedQueryAttention(nn.Module):
         with unchanged_if_it_fails(cache):
             if cache is not None:
                 keys, values = cache.append(keys, values)  # (B, G, all S so far, d)
-            if self.position == "relative":
-                mask = self.relative_scores(queries, keys.shape[2], mask)
+            if self.position == "relative":  # a float mask, which `attention` adds to the scores
+                bias = self.relative_bias(queries, keys.shape[2])  # (B, H, T, S)
+                mask = masked_scores(bias, mask, causal=False)
             context_vec, weights = attention(queries, keys, values, mask, causal, self.scale)
-        return self.W_o(join_heads(context_vec)), weights
+            return self.W_o(join_heads(context_vec)), weights
 
-    def relative_scores(self, queries: Tensor, S: int, mask: Tensor | None) -> Tensor:
+    def relative_bias(self, queries: Tensor, S: int) -> Tensor:
         """q_i · a_(j - i) / √d, to be added to the scores (Shaw 2018, eq. 5): (B, H, T, S).
 
-        a_distance is a row of `distances`, the same for all heads; a mask is put on top.
+        a_distance is a row of `distances`, the same for all heads. Shaw has such vectors for keys
+        (eq. 4) and for values (eq. 3); only those for keys are used here.
         """
         T = queries.shape[2]
-        exact = torch.promote_types(queries.dtype, torch.float32)
-        products = (queries.to(exact) * self.scale) @ self.distances.to(exact).mT
+        score_dtype = torch.promote_types(queries.dtype, torch.float32)
+        scaled_queries = queries.to(score_dtype) * self.scale  # (B, H, T, d)
+        with torch.autocast(queries.device.type, enabled=False):
+            products = scaled_queries @ self.distances.to(score_dtype).mT  # (B, H, T, 2·FAR + 1)
         j = torch.arange(S, device=queries.device)  # places of the keys
         i = j[S - T :, None]  # the queries are the last T of them
         row = (j - i).clamp(-self.FAR, self.FAR) + self.FAR  # (T, S)
-        scores = products.take_along_dim(row[None, None], 3)  # (B, H, T, S)
-        return hide(scores, mask, causal=False)
+        return products.take_along_dim(row[None, None], 3)  # (B, H, T, S)
 
 
 class MultiQueryAttention(GroupedQueryAttention):
@@ -649,9 +655,10 @@ def check_inputs(x: Tensor, context: Tensor, D: int) -> None:
 
 def angles(start: int, T: int, d: int, dtype: torch.dtype, device) -> Tensor:
     """place · 10000^(-2i / d) for T places from `start` on: (T, ⌈d / 2⌉), float64 for float64."""
-    exact = torch.promote_types(dtype, torch.float32)  # bfloat16 cannot tell place 256 from 257
-    place = torch.arange(start, start + T, dtype=exact, device=device)
-    frequency = 10_000.0 ** (-torch.arange(0, d, 2, dtype=exact, device=device) / d)
+    # bfloat16 cannot tell place 256 from 257
+    angle_dtype = torch.promote_types(dtype, torch.float32)
+    place = torch.arange(start, start + T, dtype=angle_dtype, device=device)
+    frequency = 10_000.0 ** (-torch.arange(0, d, 2, dtype=angle_dtype, device=device) / d)
     return torch.outer(place, frequency)
 
 
@@ -700,7 +707,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, mask=None, causal=False, cache=None):
         """x (B, T, D) -> the same, and the attention weights (B, H, T, S), if there are any."""
         weights = None
-        if self.attends == "itself":
+        if self.attends == "itself":  # a mask that shows itself alone takes the given one's place
             start = 0 if cache is None else cache.length
             place = torch.arange(start + x.shape[1], device=x.device)
             mask = place[start:, None] == place  # (T, S)
@@ -744,13 +751,13 @@ class AttentionClassifier(nn.Module):
     def states(self, tokens: Tensor, mask=None, caches: list[KVCache] | None = None):
         """States (B, T, D) of the tokens (B, T, F), and each block's attention weights, a list.
 
-        With a cache for every block, the tokens follow those that the caches hold.
+        With a cache for every block, all of one length, the tokens follow those that they hold.
         """
         n_in = self.W_in.in_features
         if tokens.ndim != 3 or tokens.shape[2] != n_in:
             raise ValueError(f"tokens (B, T, {n_in}) expected, not {tuple(tokens.shape)}")
-        if caches is not None and len(caches) != len(self.blocks):
-            raise ValueError(f"{len(self.blocks)} blocks need as many caches, not {len(caches)}")
+        if caches is not None:
+            self.check_caches(caches)
         T = tokens.shape[1]
         start = caches[0].length if caches else 0
         x = self.W_in(tokens)  # (B, T, D)
@@ -766,11 +773,28 @@ class AttentionClassifier(nn.Module):
             for block, cache in zip(self.blocks, caches or [None] * len(self.blocks), strict=True):
                 x, of_block = block(x, mask, self.config.causal, cache)
                 weights.append(of_block)
-        return self.norm(x), weights
+            return self.norm(x), weights
+
+    def check_caches(self, caches: list[KVCache]) -> None:
+        if self.config.attends == "nothing":
+            reason = "a network without attention keeps no cache"
+            raise ValueError(f"{reason}, so its tokens cannot be read in parts (caches given)")
+        if len(caches) != len(self.blocks):
+            raise ValueError(f"{len(self.blocks)} blocks need as many caches, not {len(caches)}")
+        lengths = [cache.length for cache in caches]
+        if len(set(lengths)) != 1:
+            raise ValueError(f"all caches must hold as many tokens, not {lengths}")
 
     def read(self, states: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Logits (B, C) of the states (B, T, D), of those tokens alone that the mask shows."""
+        """Logits (B, C) of the states (B, T, D), of those tokens alone that the mask shows.
+
+        mask: bool (1, 1, 1, T), the same for the whole batch.
+        """
         if mask is not None:
+            T = states.shape[1]
+            if mask.shape != (1, 1, 1, T) or mask.dtype != torch.bool:
+                wanted = f"one bool mask (1, 1, 1, {T}) for the whole batch expected"
+                raise ValueError(f"{wanted}, not {mask.dtype} {tuple(mask.shape)}")
             states = states[:, mask[0, 0, 0]]
         if self.config.readout == "mean":
             return self.out(states.mean(1))
@@ -784,7 +808,9 @@ class AttentionClassifier(nn.Module):
         return self.out(states.flatten(1))
 
     def caches(self, batch: int, capacity: int) -> list[KVCache]:
-        """An empty cache for every block."""
+        """An empty cache for every block; without attention there is nothing to keep."""
+        if self.config.attends == "nothing":
+            return []
         sizes = (
             batch,
             self.config.n_kv_heads,
@@ -2535,6 +2561,7 @@ def load_weights(path: Path) -> AttentionClassifier:
     try:
         saved = torch.load(path, weights_only=True, map_location="cpu")
         config = Config(**saved["config"])
+        config.check()
         model = AttentionClassifier(config)
         model.load_state_dict(saved["weights"])
     except FileNotFoundError:

@@ -246,6 +246,29 @@ def test_a_float16_product_beyond_its_range_is_divided_first():
     torch.testing.assert_close(weights, torch.full_like(weights, 1 / 3))
 
 
+@pytest.mark.parametrize("position", ["none", "relative", "rotary"])
+def test_autocast_rounds_nothing_in_the_formula(position):
+    """It would make bfloat16 of the factors of a product, and so of all places beyond 256."""
+    inputs = [x.detach() * 4 for x in qkv(d=64, dtype=torch.float32)]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attention(*inputs)
+        found_causal = attention(*inputs, causal=True)
+        assert (inputs[0] @ inputs[0].mT).dtype == torch.bfloat16  # it is at work
+    assert [part.dtype for part in (*found, *found_causal)] == [torch.float32] * 4
+    assert_equal(found, attention(*inputs), tolerance=1e-6)
+    assert_equal(found_causal, attention(*inputs, causal=True), tolerance=1e-6)
+    layer = GroupedQueryAttention(D, H, G, position)
+    x = torch.randn(B, T, D)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, weights = layer(x)
+    assert_equal((out.float(), weights.float()), layer(x), tolerance=0.03)
+    if position == "relative":
+        q = torch.randn(B, H, T, D // H)
+        with torch.autocast("cpu", torch.bfloat16):
+            bias = layer.relative_bias(q, T)
+        assert_equal([bias], [layer.relative_bias(q, T)], tolerance=1e-6)
+
+
 # ---- the modules ----
 
 
@@ -549,13 +572,16 @@ def test_a_failed_call_leaves_every_cache_of_every_block_as_it_was():
     model.states(x[:, :2], caches=caches)
     small = [caches[0], KVCache(B, G, 3, 4, dtype=torch.float64)]
     small[1].append(*torch.randn(2, B, G, 2, 4, dtype=torch.float64))
+    narrow = [caches[0], KVCache(B, G, 9, 4)]  # float32
+    narrow[1].append(*torch.randn(2, B, G, 2, 4))
     fails = [
         (caches[:1], {}),
         ([*caches, KVCache(B, G, 9, 4)], {}),
         (small, {}),  # the second block has no room after the first has appended
         (caches, {"mask": torch.ones(2, 2, dtype=torch.bool)}),
         (caches, {"mask": torch.ones(4, 6)[None, None, None]}),
-        ([caches[0], KVCache(B, G, 9, 4)], {}),  # float32
+        (narrow, {}),
+        ([caches[0], KVCache(B, G, 9, 4, dtype=torch.float64)], {}),  # of unequal length
     ]
     for given, options in fails:
         before = [cache.length for cache in given]
@@ -574,6 +600,35 @@ def test_an_end_that_fails_after_the_append_leaves_the_cache_too(monkeypatch):
             patched.setattr(stage, "attention", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             layer(torch.randn(B, 2, D), cache=cache)
         assert cache.length == 2
+
+
+def test_an_output_or_a_norm_that_fails_leaves_every_cache_too():
+    class Broken(nn.Module):
+        def forward(self, x):
+            raise RuntimeError("broken")
+
+    for layer in (MultiHeadAttention(D, H), GroupedQueryAttention(D, H, H)):
+        cache = KVCache(B, H, 9, D // H)
+        layer(torch.randn(B, 2, D), cache=cache)
+        layer.W_o = Broken()
+        with pytest.raises(RuntimeError, match="broken"):
+            layer(torch.randn(B, 2, D), cache=cache)
+        assert cache.length == 2
+    model = stage.build(SMALL).eval()
+    caches = model.caches(B, 9)
+    model.states(torch.randn(B, 2, 28), caches=caches)
+    model.norm = Broken()
+    with pytest.raises(RuntimeError, match="broken"):
+        model.states(torch.randn(B, 2, 28), caches=caches)
+    assert [cache.length for cache in caches] == [2, 2]
+
+
+def test_caches_of_unequal_length_are_refused():
+    model = stage.build(SMALL).eval()
+    caches = model.caches(B, 9)
+    caches[1].append(*torch.randn(2, B, G, 3, D // H))
+    with pytest.raises(ValueError, match=r"as many tokens, not \[0, 3\]"):
+        model.states(torch.randn(B, 2, 28), caches=caches)
 
 
 def test_autograd_refuses_to_go_back_past_a_later_append():
@@ -688,6 +743,9 @@ def test_the_readout_is_of_all_states_side_by_side_their_mean_or_the_last():
     for readout, way in ways.items():
         model = stage.build(replace(SMALL, readout=readout)).eval()
         assert_equal([model(x)], [model.out(way(model.states(x)[0]))], tolerance=1e-5)
+    differing = torch.ones(3, 1, 1, 28, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"not torch.bool \(3, 1, 1, 28\)"):
+        model(x, differing)  # `attention` takes it, a readout of one mask would not
     with pytest.raises(ValueError, match="28 tokens are read side by side, not of 27"):
         stage.build(replace(SMALL, readout="all"))(x[:, :27])
     for masked in (True, False):  # with padding, of the true tokens or of all
@@ -718,6 +776,10 @@ def test_a_token_alone_knows_nothing_of_the_others(attends):
     assert (before[:, 5:] - after[:, 5:]).abs().amin((0, 2)).min() > 1e-6
     if attends == "nothing":
         assert not any("W_" in name for name in model.state_dict() if name.startswith("blocks"))
+        assert model.caches(2, 28) == []
+        for caches in ([], stage.build(SMALL).caches(2, 28)):  # else all stood at place 0
+            with pytest.raises(ValueError, match="without attention keeps no cache"):
+                model.states(x[:, :1], caches=caches)
     else:  # decoded from a cache, too
         caches = model.caches(2, 28)
         parts = [model.states(part, caches=caches)[0] for part in x.split([3, 1, 24], 1)]
@@ -1153,6 +1215,15 @@ def test_mcnemar_equals_the_binomial_by_hand(tmp_path):
     p = 2 * sum(math.comb(6, i) for i in range(3)) / 2**6
     assert found["p of each seed"] == f"{p:.2g}"
     assert found["minus mha (points)"] == "-20.00"
+
+
+def test_weights_with_a_config_that_cannot_be_are_refused(tmp_path):
+    model = stage.build(SMALL)
+    stage.save_weights(tmp_path / "own.pt", SMALL, model.state_dict())
+    assert stage.load_weights(tmp_path / "own.pt").config == SMALL
+    stage.save_weights(tmp_path / "bad.pt", replace(SMALL, lr=-1.0), model.state_dict())
+    with pytest.raises(ValueError, match=r"bad.pt: not weights of this stage \(lr must be"):
+        stage.load_weights(tmp_path / "bad.pt")
 
 
 def test_the_cache_bytes_of_a_run_are_those_of_its_caches():
