@@ -1054,6 +1054,35 @@ def test_evaluate_restores_every_flag_and_equals_torch(data):
     assert found["loss"] == pytest.approx(F.cross_entropy(logits, split.labels).item(), rel=1e-5)
     right = (logits.argmax(1) == split.labels).double().mean().item()
     assert found["accuracy"] == pytest.approx(right)
+    assert torch.equal(found["predicted"], logits.argmax(1))
+
+
+def test_a_model_that_is_given_is_trained_alike_whatever_was_drawn_before(data):
+    small = data._replace(val=stage.every_50th(data.val))
+    config = replace(SMALL, dropout=0.3, steps=4)
+    found = []
+    for n_drawn, is_training in ((1, True), (7, False)):
+        given = stage.build(config).train(is_training)
+        torch.rand(n_drawn)
+        trained, history = stage.train(config, small, model=given)
+        assert trained is given
+        assert given.training
+        found.append((history[-1]["objective"], history[-1]["val_loss"]))
+    assert found[0] == found[1]
+
+
+def test_every_batch_of_recall_is_whole_and_of_the_numbers_drawn(data):
+    used = stage.Split(data.train.images[:200], data.train.labels[:200])
+    config = replace(RECALL, batch_size=32, fewest=3)  # 200 is no multiple of 32
+    lengths = set()
+    for tokens, mask, answers in itertools.islice(stage.recall_batches(used, config), 40):
+        assert mask is None
+        assert (len(tokens), len(answers)) == (32, 32)
+        lengths.add(tokens.shape[1])
+    assert lengths == {4, 5, 6, 7, 8, 9}  # 3 … 8 labelled garments and one more
+    seen = [y for _, _, y in itertools.islice(stage.image_batches(used, SMALL), 7)]
+    assert [len(y) for y in seen] == [32] * 6 + [8]
+    assert torch.equal(torch.cat(seen).bincount(), used.labels.bincount())
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_as_diverged(data):
@@ -1143,14 +1172,16 @@ def test_decoding_gives_the_causal_models_logits_and_not_the_others(data):
 
 def test_what_is_measured_of_faults(data):
     blind = stage.build(replace(SMALL, position="none")).eval()
-    assert stage.changed_by_order(blind, [], blind.config, data) == 0
+    assert stage.changed_by_order(blind, data) == 0
     config = replace(SMALL, position="none", padding=28)
     for masked in (True, False):
         model = stage.build(replace(config, masked=masked)).eval()
         nn.init.normal_(model.out.weight)
-        changed = stage.changed_by_padding(model, [], model.config, data)
+        changed = stage.changed_by_padding(model, data)
         assert changed == 0 if masked else changed > 0
-    assert stage.last_accuracy(blind, [{"val_accuracy": 0.25}], config, data) == 25
+    assert (
+        stage.validation_accuracy(blind, data) == 100 * stage.evaluate(blind, data.val)["accuracy"]
+    )
 
 
 def test_softmax_states_are_of_the_last_blocks_weights_and_all_score_weights(data):
@@ -1215,6 +1246,24 @@ def test_mcnemar_equals_the_binomial_by_hand(tmp_path):
     p = 2 * sum(math.comb(6, i) for i in range(3)) / 2**6
     assert found["p of each seed"] == f"{p:.2g}"
     assert found["minus mha (points)"] == "-20.00"
+
+
+def test_the_rows_of_a_run_hold_numbers_and_of_no_attention_no_cache(data):
+    few = stage.Data(*(stage.every_50th(split) for split in data))
+    arrays = tuple(tuple(part.numpy() for part in split) for split in few)
+    for attends, cache_bytes in (("learned", 2 * 2 * G * 28 * 4 * 4), ("nothing", 0)):
+        config = replace(SMALL, attends=attends, steps=2, n_logs=1)
+        run = stage.Run("gqa2", "own", config)
+        tables, _ = stage.execute(run, arrays, "cpu", {}, True, lambda row: None)
+        (row,) = tables["runs"]
+        assert row["cache_bytes"] == cache_bytes
+        assert all(isinstance(cell, (str, int, float)) for cell in row.values())
+        (scores,) = tables["test_metrics"]
+        assert set(scores) == {"experiment", "value", "seed", *stage.SCORES}
+        (digits,) = tables["predictions"]
+        right = digits["right"].count("1") / len(digits["right"])
+        assert right == pytest.approx(row["test_accuracy"])
+        assert len(digits["right"]) == sum(cell["count"] for cell in tables["confusion"]) == 200
 
 
 def test_weights_with_a_config_that_cannot_be_are_refused(tmp_path):
