@@ -1496,6 +1496,12 @@ SWEEPS = {
     "tokens": ("Rows or patches? Which states should be read?", "tokens, states", False),
     "scale": ("Scores with and without 1/√d", "scores, width of the one head", False),
 }
+# names of the ways to decode, in table and picture
+OURS = "this file's attention"
+COPIED = "keys and values copied to 16 heads"
+TORCHS = "torch's enable_gqa"
+READ_LIMIT = "reading every number once (sum)"
+CHANGED = 1e-6  # of the demo: a head that changes by more is changed, less is rounding
 
 
 def draw_all(folder: Path) -> None:
@@ -1531,6 +1537,9 @@ def draw_all(folder: Path) -> None:
         if len(rows) and name != "scale":
             path = folder / f"sweep_{name}.png"
             metrics.draw_sweep(path, rows, own, title, varied, ordered)
+    plateau = plateau_of(history)
+    if len(plateau):
+        draw_plateau(folder / "recall_plateau.png", plateau)
     draw_side_tables(folder)
     write_summary(folder, runs)
 
@@ -1557,10 +1566,7 @@ def rows_to_compare(table: pd.DataFrame, name: str) -> pd.DataFrame:
 
 def draw_side_tables(folder: Path) -> None:
     """The pictures of demo, maps, faults and speed, of those that have rows."""
-    weights = metrics.load_rows(folder / "demo.csv")
-    if len(weights):
-        draw_demo(folder / "demo_weights.png", weights)
-        draw_sharing(folder / "demo_sharing.png", metrics.load_rows(folder / "sharing.csv"))
+    draw_demo_tables(folder)
     maps = metrics.load_rows(folder / "maps.csv", as_text=True)
     if len(maps):
         largest = max(numbers_of(text).max() for text in maps["weights"])  # one scale for all
@@ -1579,6 +1585,17 @@ def draw_side_tables(folder: Path) -> None:
     if len(faults):
         title = "What goes wrong in training (orange), and what mends it (blue)"
         metrics.draw_faults(folder / "faults.png", faults, title)
+    draw_speed_tables(folder)
+
+
+def draw_demo_tables(folder: Path) -> None:
+    weights = metrics.load_rows(folder / "demo.csv")
+    if len(weights):
+        draw_demo(folder / "demo_weights.png", weights)
+        draw_sharing(folder / "demo_sharing.png", metrics.load_rows(folder / "sharing.csv"))
+
+
+def draw_speed_tables(folder: Path) -> None:
     times = metrics.load_rows(folder / "decode.csv")
     if len(times):
         draw_decode(folder / "decode.png", times)
@@ -1586,6 +1603,13 @@ def draw_side_tables(folder: Path) -> None:
     if len(benchmarks):
         title = "Speed beside what a user would take"
         metrics.draw_ratios(folder / "benchmark.png", benchmarks, title)
+
+
+def renew_summary(folder: Path) -> None:
+    """Write summary.md again if there is one, after a table of it has changed."""
+    runs = metrics.load_rows(folder / "runs.csv")
+    if (folder / "summary.md").exists() and len(runs):
+        write_summary(folder, runs)
 
 
 def numbers_of(text: str) -> np.ndarray:
@@ -1634,7 +1658,7 @@ def draw_sharing(path: Path, rows: pd.DataFrame) -> None:
             own = rows[rows["layer"] == layer]
             n_heads = own["query_head"].max() + 1
             n_kv_heads = own["kv_head"].max() + 1
-            for row in own[own["change"] > 0].to_dict("records"):
+            for row in own[own["change"] > CHANGED].to_dict("records"):
                 color = metrics.COLORS[row["kv_head"] % len(metrics.COLORS)]
                 across = (row["kv_head"] + 0.5) * n_heads / n_kv_heads - 0.5  # under its group
                 axes.plot([row["query_head"], across], [1, 0], color=color, zorder=1)
@@ -1786,6 +1810,27 @@ def draw_scale(path: Path, rows: pd.DataFrame) -> None:
         right.legend(handles, labels, **place)
 
 
+def plateau_of(history: pd.DataFrame) -> pd.DataFrame:
+    """The history of the two runs of recall that are a fault: all garments at once, or not."""
+    fault = FAULTS["recall stays at chance"]
+    names = [fault.broken, fault.mended]
+    return history[(history["experiment"] == "faults") & history["value"].isin(names)]
+
+
+def draw_plateau(path: Path, rows: pd.DataFrame) -> None:
+    """The loss of recall over the steps of training, beside that of a guess."""
+    title = "Recall: with eight garments from the start, the loss stays at a guess's for long"
+    colors = metrics.colors_of(list(rows["value"].unique()), ordered=False)
+    with metrics.picture(path, f"{title}\n{metrics.bands_of(rows)}", width=12) as axes:
+        for value, own in rows.groupby("value", sort=False):
+            style = {"color": colors[value], "label": value, "errorbar": ("pi", 100)}
+            metrics.draw_line(axes, own, "step", "val_loss", marker="o", **style)
+        guess = {"color": "grey", "linestyle": ":", "label": "a guess: ln 8 = 2.08"}
+        axes.axhline(math.log(N_GARMENTS), **guess)
+        axes.set(xlabel="training step", ylabel="validation loss (nats)", ylim=(0, None))
+        metrics.legend_beside(axes)
+
+
 def draw_decode(path: Path, rows: pd.DataFrame) -> None:
     """A panel for every number of key/value heads: time of a token over the tokens cached."""
     title = "Decoding one token: fewer key/value heads, less to read (4 sequences, 16 query heads)"
@@ -1838,7 +1883,9 @@ def write_summary(folder: Path, runs: pd.DataFrame) -> None:
         rows = rows_to_compare(runs, "control")
         sections["Control: does attention do the work?"] = [
             "**Validation images.** `mha` (learned weights) beside the same network whose tokens "
-            "attend to all alike, to themselves alone, or not at all.",
+            "attend to all alike, to themselves alone, or not at all. *Itself alone* has as many "
+            "parameters as `mha`, *nothing* has fewer: the fair comparison is with *itself alone*. "
+            "The first four read the states of all tokens side by side, the last two their mean.",
             metrics.score_table(rows, "val_", "value", "what a row attends to"),
             "![control](sweep_control.png)",
         ]
@@ -1860,11 +1907,12 @@ def write_summary(folder: Path, runs: pd.DataFrame) -> None:
     for name, (_, varied, _) in SWEEPS.items():
         rows = runs[runs["experiment"] == name]
         if len(rows) and name not in ("control", *RECALLS):
-            sections[f"Sweep: {name}"] = [
-                f"**Validation images** {duration_of(rows)}",
-                metrics.score_table(rows, "val_", "value", varied),
-                f"![{name}](sweep_{name}.png)",
-            ]
+            parts = [f"**Validation images** {duration_of(rows)}"]
+            parts.append(metrics.score_table(rows, "val_", "value", varied))
+            if name == "scale":
+                parts += scale_parts(folder)
+            parts.append(f"![{name}](sweep_{name}.png)")
+            sections[f"Sweep: {name}"] = parts
     sections |= fault_section(folder) | upcycling_section(folder, runs)
     own = runs[~runs["experiment"].isin(EXPERIMENTS)]
     if len(own):
@@ -1980,12 +2028,34 @@ def mcnemar_rows(folder: Path, selected: pd.DataFrame) -> list[dict]:
     return table
 
 
+def scale_parts(folder: Path) -> list[str]:
+    """The table of what becomes of the softmax with and without 1 / √d."""
+    rows = metrics.load_rows(folder / "scale.csv")
+    if rows.empty:
+        return []
+    table = []
+    for (scores, d, when), own in rows.groupby(["scores", "d", "when"], sort=False):
+        line = {"scores": scores, "width of the head": d, "when": when}
+        line["entropy of the weights (nats)"] = str(metrics.summarise(own["entropy"]))
+        norm = metrics.summarise(own["grad_norm"])
+        spread = f" ± {norm.std:.2g}" if norm.n > 1 else ""
+        line["gradient norm of W_q and W_k"] = f"{norm.mean:.3g}{spread}"
+        table.append(line | {"n": norm.n})
+    note = (
+        "**500 validation images**, before the first step and after the last. Entropy is ln 28 = "
+        "3.33 where all keys weigh alike, and 0 where one key has all the weight."
+    )
+    return [note, metrics.markdown(table)]
+
+
 def fault_section(folder: Path) -> dict[str, list[str]]:
     faults = metrics.load_rows(folder / "faults.csv")
     if faults.empty:
         return {}
     symptoms = {name: fault.symptom for name, fault in FAULTS.items()}
     parts = [metrics.fault_table(faults, symptoms), "![faults](faults.png)"]
+    if (folder / "recall_plateau.png").exists():
+        parts.append("![the loss of recall at ln 8](recall_plateau.png)")
     arithmetic = metrics.load_rows(folder / "arithmetic.csv")
     if len(arithmetic):
         parts.append("Of 768 numbers, outputs and gradients, so many are nan:")
@@ -2008,7 +2078,8 @@ def upcycling_section(folder: Path, runs: pd.DataFrame) -> dict[str, list[str]]:
     if not table:
         return {}
     note = (
-        "**Validation accuracy (%).** The 8 key/value heads of a trained model, averaged in groups."
+        "**Validation accuracy (%).** The 8 key/value heads of a trained model, averaged in "
+        "groups. With 5 % more steps a model has had 105 % of the steps of one from scratch."
     )
     return {
         "Upcycling: from multi-head to fewer key/value heads": [
@@ -2031,7 +2102,8 @@ def speed_section(folder: Path) -> dict[str, list[str]]:
     if len(times):
         parts.append(
             "Decoding one token of 4 sequences, 16 query heads of width 64, float32: time of "
-            f"`attention` in ms, and over the time of three others (lower is better). {READING}"
+            "`attention` in ms, and over the time of three others (lower is better). The last "
+            "reads every number of the cache once, to sum it: no way to decode can read less."
         )
         parts += [metrics.markdown(decode_table(times)), "![decoding](decode.png)"]
     return {"Speed": parts} if parts else {}
@@ -2050,14 +2122,6 @@ def decode_table(times: pd.DataFrame) -> list[dict]:
             line[f"/ {way}"] = f"{ours / by_way[way]:.2f}"
         table.append(line)
     return table
-
-
-# names of the ways to decode, in table and picture
-OURS = "this file's attention"
-COPIED = "keys and values copied to 16 heads"
-TORCHS = "torch's enable_gqa"
-READ_LIMIT = "read limit"
-READING = "The read limit is the time to sum the cache once, which reads every number of it."
 
 
 # -------- Commands --------------------------------------------------------------------------------
@@ -2131,7 +2195,7 @@ class PredictCommand(Command):
 
 @dataclass(frozen=True)
 class BenchmarkCommand(Common):
-    """Time decoding and training steps beside what a user would take instead."""
+    """Time decoding, and a layer's forward and backward, beside what a user would take instead."""
 
     smoke: bool = False  # as short as it goes; without --out into a temporary folder
 
@@ -2460,7 +2524,8 @@ def end_with_parent(parent: int) -> None:
 
 
 def print_result(folder: Path, experiments: list[str]) -> None:
-    """At most ten lines: the selected models' test scores, and each sweep's lowest and highest."""
+    """At most ten lines: the selected models' test scores, recall's and the control's values, and
+    of each other sweep the lowest and the highest."""
     runs = metrics.load_rows(folder / "runs.csv")
     lines = []
     for name in experiments:
@@ -2470,11 +2535,15 @@ def print_result(folder: Path, experiments: list[str]) -> None:
             lines.append(f"{name}: test accuracy {scores} % (n = {scores.n})")
         elif name != "faults":
             means = 100 * rows.groupby("value", sort=False)["val_accuracy"].mean()
+            if name in ("recall", "control"):
+                for value, mean in means.items():
+                    lines.append(f"{name}, {value}: validation accuracy {mean:.2f} %")
+                continue
             low = f"{means.min():.2f} % ({means.idxmin()})"
             high = f"{means.max():.2f} % ({means.idxmax()})"
             lines.append(f"{name}: validation accuracy from {low} to {high}")
     if len(lines) > 9:
-        lines = [*lines[:8], f"and {len(lines) - 8} more experiments"]
+        lines = [*lines[:8], f"and {len(lines) - 8} more results"]
     print("\n".join([*lines, f"tables and pictures: {folder / 'summary.md'}"]))
 
 
@@ -2658,11 +2727,11 @@ def benchmark(command: BenchmarkCommand) -> None:
     repeats = 1 if command.smoke else 7
     with claimed(folder):
         print(f"benchmark of stage 3 on {device_name(device)}, results in {folder}", flush=True)
-        print("decoding, beside copied heads, torch and the read limit …", flush=True)
+        print("decoding, beside copied heads, torch and one reading of the cache …", flush=True)
         lengths = (256,) if command.smoke else (256, 1024, 4096, 16_384)
         times = time_decoding(lengths, device, repeats)
         rows = decode_ratios(times)
-        print("training steps, beside nn.MultiheadAttention …", flush=True)
+        print("forward and backward of a layer, beside nn.MultiheadAttention …", flush=True)
         shapes = ((28, 96, 256), (28, 512, 32), (512, 64, 4), (512, 512, 4))
         n_steps = 1 if command.smoke else 10
         rows += time_steps(shapes[: 1 if command.smoke else 4], device, repeats, n_steps)
@@ -2673,9 +2742,8 @@ def benchmark(command: BenchmarkCommand) -> None:
         for name, found in tables.items():
             tables[name] = [{"experiment": "benchmark"} | row | origin for row in found]
         metrics.replace_rows(folder, tables, [])
-        draw_side_tables(folder)
-        if (folder / "runs.csv").exists():
-            draw_all(folder)
+        draw_speed_tables(folder)
+        renew_summary(folder)
     for row in rows:
         print(f"{row['ratio']:.2f}  {row['name']}")
 
@@ -2730,29 +2798,39 @@ WAYS = {
 
 @torch.no_grad()
 def time_decoding(lengths: tuple[int, ...], device: str, repeats: int) -> list[dict]:
-    """One query against a cache of S tokens: a row for each number of key/value heads and way."""
-    B, H, d = 4, 16, 64
+    """One query against a cache of S tokens: a row for each number of key/value heads and way.
+
+    For all ways the cache has room for 256 tokens more, as in the midst of decoding.
+    """
+    torch.manual_seed(0)
+    B = 4
+    H = 16
+    d = 64
     rows = []
     for S, G in itertools.product(lengths, (16, 8, 4, 2, 1)):
-        cache = KVCache(B, G, S, d, device=device)
+        cache = KVCache(B, G, S + 256, d, device=device)
         q = torch.randn(B, H, 1, d, device=device)
         k, v = cache.append(*torch.randn(2, B, G, S, d, device=device))
-        times = max(1, 2**14 // (S * G))  # short works often, so that a clock can time them
-        works = {
-            name: partial(repeated, partial(way, q, k, v), times) for name, way in WAYS.items()
-        }
-        row = {"cached": S, "n_kv_heads": G, "cache_bytes": cache.nbytes}
-        for way, seconds in seconds_in_turn(works, repeats).items():
+        times = max(1, 2**14 // (S * G))  # a short way often, so that a clock can time it
+        ways = {name: partial(repeated, partial(way, q, k, v), times) for name, way in WAYS.items()}
+        row = {"cached": S, "n_kv_heads": G, "cache_bytes": k.nbytes + v.nbytes}  # of S tokens
+        for way, seconds in seconds_in_turn(ways, repeats).items():
             rows.append(row | {"way": way, "milliseconds": 1000 * seconds / times})
     return rows
 
 
 def decode_ratios(times: list[dict]) -> list[dict]:
-    """Ours over each other way, at the longest cache, for 16, 4 and 1 key/value heads."""
+    """At the longest cache: ours with 4 and 1 key/value heads over ours with 16, which is what
+    sharing gains; then ours over each other way."""
     longest = max(row["cached"] for row in times)
+    at_longest = [row for row in times if row["cached"] == longest]
+    ours = {row["n_kv_heads"]: row["milliseconds"] for row in at_longest if row["way"] == OURS}
     rows = []
+    for G in (4, 1):
+        name = f"decoding, {longest:,} cached tokens, {G} / 16 key/value heads"
+        rows.append(ratio_row(name, ours[G], ours[16], "ms"))
     for G in (16, 4, 1):
-        found = [row for row in times if (row["cached"], row["n_kv_heads"]) == (longest, G)]
+        found = [row for row in at_longest if row["n_kv_heads"] == G]
         by_way = {row["way"]: row["milliseconds"] for row in found}
         for way in (COPIED, TORCHS, READ_LIMIT):
             if way == COPIED and G == 16:
@@ -2762,8 +2840,8 @@ def decode_ratios(times: list[dict]) -> list[dict]:
     return rows
 
 
-def training_step(layer: nn.Module, inputs: tuple, options: dict) -> tuple[Tensor]:
-    """Forward and backward through one layer."""
+def forward_and_backward(layer: nn.Module, inputs: tuple, options: dict) -> tuple[Tensor]:
+    """Forward and backward of one layer, without an optimizer's update."""
     for parameter in layer.parameters():
         parameter.grad = None
     loss = layer(*inputs, **options)[0].square().mean()
@@ -2776,20 +2854,21 @@ def time_steps(shapes: tuple, device: str, repeats: int, n_steps: int) -> list[d
 
     `shapes`: (tokens, width, batch) of the inputs.
     """
+    torch.manual_seed(0)
     rows = []
     for T, D, B in shapes:
         x = torch.randn(B, T, D, device=device)
         theirs = nn.MultiheadAttention(D, 8, batch_first=True).to(device)
         with_weights = {"average_attn_weights": False}
         steps = {
-            "ours": partial(training_step, MultiHeadAttention(D, 8).to(device), (x,), {}),
-            "shared": partial(training_step, MultiQueryAttention(D, 8).to(device), (x,), {}),
-            "weights": partial(training_step, theirs, (x, x, x), with_weights),
-            "none": partial(training_step, theirs, (x, x, x), {"need_weights": False}),
+            "ours": partial(forward_and_backward, MultiHeadAttention(D, 8).to(device), (x,), {}),
+            "shared": partial(forward_and_backward, MultiQueryAttention(D, 8).to(device), (x,), {}),
+            "weights": partial(forward_and_backward, theirs, (x, x, x), with_weights),
+            "none": partial(forward_and_backward, theirs, (x, x, x), {"need_weights": False}),
         }
-        works = {name: partial(repeated, step, n_steps) for name, step in steps.items()}
-        ms = {name: 1000 * s / n_steps for name, s in seconds_in_turn(works, repeats).items()}
-        name = f"training step, {T} tokens of width {D}"
+        ways = {name: partial(repeated, step, n_steps) for name, step in steps.items()}
+        ms = {name: 1000 * s / n_steps for name, s in seconds_in_turn(ways, repeats).items()}
+        name = f"forward and backward of a layer, {T} tokens of width {D}"
         torchs = "nn.MultiheadAttention"
         rows.append(ratio_row(f"{name} / {torchs}'s", ms["ours"], ms["weights"], "ms"))
         without = f"{name} / {torchs}'s that gives no weights"
@@ -2807,11 +2886,11 @@ def time_cache(lengths: tuple[int, ...], device: str, repeats: int) -> list[dict
     rows = []
     for n in lengths:
         tokens = torch.randn(1, n, 28, device=device)
-        works = {
+        ways = {
             "cached": partial(decode, model, tokens),
             "again": partial(decode_without_cache, model, tokens),
         }
-        ms = {name: 1000 * seconds for name, seconds in seconds_in_turn(works, repeats).items()}
+        ms = {name: 1000 * seconds for name, seconds in seconds_in_turn(ways, repeats).items()}
         name = f"decoding {n} tokens from the cache / computing all again"
         rows.append(ratio_row(name, ms["cached"], ms["again"], "ms"))
     return rows
@@ -2828,26 +2907,36 @@ def decode_without_cache(model: AttentionClassifier, tokens: Tensor) -> Tensor:
 
 
 def demo(command: DemoCommand) -> None:
-    """A random matrix through the three layers: its weights, and who shares what."""
-    # all that it takes; copy these five lines
-    torch.manual_seed(command.seed)
-    x = 2 * torch.randn(1, 6, command.d_model)  # a random matrix: six tokens
-    layer = MultiHeadAttention(command.d_model, command.n_heads)
-    _, weights = layer(x)  # the output (1, 6, D), and the weights (1, H, 6, 6)
-    print(weights[0, 0].detach())  # of head 0: a row for each query, which sums to 1
+    """A random matrix through the three layers: its weights, and who shares what.
 
+    All that it takes, to be copied as it stands; run in this file's folder:
+
+        import torch, stage3_attention
+        torch.manual_seed(0)
+        x = 2 * torch.randn(1, 6, 96)  # a random matrix: six tokens of width 96
+        layer = stage3_attention.MultiHeadAttention(d_model=96, n_heads=8)
+        print(layer(x)[1][0, 0].detach())  # weights of head 0: a row a query, which sums to 1
+
+    The factor 2 makes the scores four times as large. Without it a layer that is not trained
+    gives all six tokens nearly the same weight, 1/6, and there is nothing to see.
+    """
+    torch.manual_seed(command.seed)
+    x = 2 * torch.randn(1, 6, command.d_model)
+    multi_head = MultiHeadAttention(command.d_model, command.n_heads)
+    _, weights = multi_head(x)  # the output (1, 6, D), and the weights (1, H, 6, 6)
+    print(weights[0, 0].detach())
     print(f"its rows sum to {weights[0, 0].sum(-1).tolist()}")
     tables = demo_tables(command)
     folder = folder_of(command.out or HERE / "figures")
     with claimed(folder):
         metrics.replace_rows(folder, tables, [])
-        draw_side_tables(folder)
+        draw_demo_tables(folder)
+        renew_summary(folder)
     links = pd.DataFrame(tables["sharing"])
-    for (layer, kv_head), own in links[links["change"] > 0].groupby(
-        ["layer", "kv_head"], sort=False
-    ):
+    links = links[links["change"] > CHANGED]
+    for (name, kv_head), own in links.groupby(["layer", "kv_head"], sort=False):
         readers = ", ".join(map(str, own["query_head"]))
-        print(f"{layer}: key/value head {kv_head} is read by the query heads {readers}")
+        print(f"{name}: key/value head {kv_head} is read by the query heads {readers}")
     print(f"pictures: {folder / 'demo_weights.png'}, {folder / 'demo_sharing.png'}")
 
 
@@ -2878,19 +2967,18 @@ def demo_tables(command: DemoCommand) -> dict[str, list[dict]]:
 
 
 def sharing_rows(name: str, layer: nn.Module, n_kv_heads: int, x: Tensor) -> list[dict]:
-    """Disturb one key/value head after the other: which query heads give something else?"""
-    H = layer.n_heads
-    nn.init.eye_(layer.W_o.weight)  # the output is what the heads give, side by side
-    nn.init.zeros_(layer.W_o.bias)
+    """Disturb the values of one key/value head after the other: which query heads give something
+    else? The layer itself stays as it is."""
+    q = split_heads(layer.W_q(x), layer.n_heads)  # (1, H, 6, d)
+    k = split_heads(layer.W_k(x), n_kv_heads)  # (1, G, 6, d)
+    v = split_heads(layer.W_v(x), n_kv_heads)  # (1, G, 6, d)
+    before, _ = attention(q, k, v)  # (1, H, 6, d)
     rows = []
-    given, _ = layer(x)
     for kv_head in range(n_kv_heads):
-        for W in (layer.W_k, layer.W_v):
-            own = W.weight.unflatten(0, (n_kv_heads, -1))[kv_head]  # (d, D)
-            own += torch.randn(own.shape)
-        before = given
-        given, _ = layer(x)
-        change = (given - before).unflatten(2, (H, -1)).abs().amax((0, 1, 3))  # (H,)
+        disturbed = v.clone()
+        disturbed[:, kv_head] += 1
+        after, _ = attention(q, k, disturbed)
+        change = (after - before).abs().amax((0, 2, 3))  # (H,)
         for head, amount in enumerate(change.tolist()):
             row = {"experiment": "demo", "layer": name, "kv_head": kv_head}
             rows.append(row | {"query_head": head, "change": amount})

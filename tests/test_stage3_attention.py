@@ -1131,7 +1131,7 @@ def test_the_demo_finds_who_shares_what(heads):
         assert len(links) == H * n_kv_heads
         for link in links:
             reads = link["query_head"] // (H // n_kv_heads) == link["kv_head"]
-            assert (link["change"] > 0) == reads
+            assert (link["change"] > stage.CHANGED) == reads
         rows = [row for row in tables["demo"] if row["layer"] == layer]
         assert len(rows) == H * 6
         for row in rows:
@@ -1139,6 +1139,44 @@ def test_the_demo_finds_who_shares_what(heads):
             assert sum(float(w) for w in row["weights"].split()) == pytest.approx(1, abs=0.004)
             assert abs(row["row_error"]) < 1e-6
     assert stage.demo_tables(command) == tables
+
+
+def test_the_five_lines_of_the_demo_run_as_they_stand(capsys):
+    """They stand indented in its docstring, and print what it prints."""
+    lines = [line[8:] for line in stage.demo.__doc__.splitlines() if line.startswith(" " * 8)]
+    assert len(lines) == 5
+    exec("\n".join(lines), {})
+    printed = capsys.readouterr().out
+    first = stage.demo_tables(stage.DemoCommand())["demo"][0]["weights"].split()[0]
+    assert f"[[{first[:4]}" in printed
+
+
+def test_the_demo_renews_a_summary_that_is_there(tmp_path):
+    folder = tmp_path / "stage3"
+    folder.mkdir()
+    (folder / "summary.md").write_text("old")
+    row = {"experiment": "own", "value": "own", "seed": 0, "status": "ok", "parameters": 1}
+    row |= {f"val_{score}": 0.5 for score in stage.SCORES} | stage.config_columns(SMALL)
+    metrics.replace_rows(folder, {"runs": [row]}, [])
+    assert stage.main(["demo", "--out", str(tmp_path)]) == 0
+    summary = (folder / "summary.md").read_text(encoding="utf-8")
+    assert "Attention weights of a random matrix" in summary
+    assert "old" not in summary
+
+
+def test_the_ratios_of_decoding_begin_with_what_sharing_gains():
+    times = [
+        {"cached": S, "n_kv_heads": G, "way": way, "milliseconds": S * G + place}
+        for S in (4, 1024)
+        for G in (16, 8, 4, 2, 1)
+        for place, way in enumerate(stage.WAYS)
+    ]
+    rows = stage.decode_ratios(times)
+    assert [row["name"] for row in rows[:2]] == [
+        f"decoding, 1,024 cached tokens, {G} / 16 key/value heads" for G in (4, 1)
+    ]
+    assert [row["ratio"] for row in rows[:2]] == [1 / 4, 1 / 16]
+    assert len(rows) == 2 + 2 + 3 + 3
 
 
 def test_the_demo_prints_and_draws(tmp_path, capsys):
