@@ -1819,8 +1819,9 @@ def plateau_of(history: pd.DataFrame) -> pd.DataFrame:
 
 def draw_plateau(path: Path, rows: pd.DataFrame) -> None:
     """The loss of recall over the steps of training, beside that of a guess."""
-    title = "Recall: with eight garments from the start, the loss stays at a guess's for long"
-    colors = metrics.colors_of(list(rows["value"].unique()), ordered=False)
+    title = "Recall: how long does the loss stay at that of a guess?"
+    fault = FAULTS["recall stays at chance"]
+    colors = {fault.broken: metrics.COLORS[1], fault.mended: metrics.COLORS[0]}  # as in the faults
     with metrics.picture(path, f"{title}\n{metrics.bands_of(rows)}", width=12) as axes:
         for value, own in rows.groupby("value", sort=False):
             style = {"color": colors[value], "label": value, "errorbar": ("pi", 100)}
@@ -2868,10 +2869,10 @@ def time_steps(shapes: tuple, device: str, repeats: int, n_steps: int) -> list[d
         }
         ways = {name: partial(repeated, step, n_steps) for name, step in steps.items()}
         ms = {name: 1000 * s / n_steps for name, s in seconds_in_turn(ways, repeats).items()}
-        name = f"forward and backward of a layer, {T} tokens of width {D}"
+        name = f"layer forward and backward, {T} tokens of width {D}"
         torchs = "nn.MultiheadAttention"
         rows.append(ratio_row(f"{name} / {torchs}'s", ms["ours"], ms["weights"], "ms"))
-        without = f"{name} / {torchs}'s that gives no weights"
+        without = f"{name} / {torchs}'s, no weights given"
         rows.append(ratio_row(without, ms["ours"], ms["none"], "ms"))
         shared = f"{name}, 1 key/value head / 8 key/value heads"
         rows.append(ratio_row(shared, ms["shared"], ms["ours"], "ms"))
