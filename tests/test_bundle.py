@@ -404,6 +404,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.parametrize("stage", ["stage1_mlp"], indirect=True)  # 20 seconds each
 def test_dask_gives_the_rows_of_one_process(stage, quick, tmp_path, folder_of):
     pytest.importorskip("distributed")
     script = tmp_path / "cluster.py"
@@ -471,7 +472,15 @@ def wait_for_rows(folder, process):
         time.sleep(0.2)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("stage", "number", "code"),
+    [
+        ("stage1_mlp", signal.SIGINT, 130),
+        ("stage2_rnn", signal.SIGTERM, 143),
+        ("stage3_attention", signal.SIGINT, 130),
+    ],
+    indirect=["stage"],
+)
 def test_a_stopped_job_says_how_to_go_on_and_leaves_nothing(
     stage, small_script, tmp_path, folder_of, number, code
 ):
