@@ -580,9 +580,8 @@ def status(history: list[dict]) -> str:
 BASE = Config()  # 15 epochs, 6,450 steps
 SHORT = replace(BASE, steps=600, n_logs=10)  # 1.4 epochs: side questions
 FAULT = replace(BASE, steps=500, n_logs=20, weight_decay=0.0, label_smoothing=0.0)
-FEW_IMAGES = replace(
-    SHORT, n_train=5000, weight_decay=0.0, label_smoothing=0.0
-)  # 15 epochs of 5,000
+# 15 epochs of 5,000 images
+FEW_IMAGES = replace(SHORT, n_train=5000, weight_decay=0.0, label_smoothing=0.0)
 THOUSAND = replace(FAULT, n_train=1000, steps=1500)  # 188 epochs of 1,000
 SIX_LAYERS = replace(FAULT, hidden=(128,) * 6)
 SGD = replace(FAULT, optimizer="sgd", lr=0.3)
@@ -1726,11 +1725,11 @@ def seconds_in_turn(works: dict[str, Callable], repeats: int) -> dict[str, float
 
     threads = torch.get_num_threads()
     seconds = {name: [] for name in works}
-    for _ in range(repeats + 1):
+    for _ in range(repeats):
         for name, work in works.items():
             timer = Timer("work()", globals={"work": work}, num_threads=threads)
-            seconds[name].append(timer.timeit(1).mean)
-    return {name: float(np.median(values[1:])) for name, values in seconds.items()}  # 0: warm-up
+            seconds[name].append(timer.timeit(1).mean)  # which warms up by itself
+    return {name: float(np.median(values)) for name, values in seconds.items()}
 
 
 def ratio_row(name: str, first: float, second: float, unit: str) -> dict:

@@ -1530,8 +1530,10 @@ def draw_all(folder: Path) -> None:
         own = rows_to_compare(history, name)
         title = f"{question} {duration_of(rows)}"
         if name == "recall":  # one at chance would press the others together
-            accuracy = 100 * rows.loc[rows["value"] == WITHOUT, "val_accuracy"].mean()
-            title += f"\n{WITHOUT}: {accuracy:.1f} %, chance is 12.5 %"
+            without = rows.loc[rows["value"] == WITHOUT, "val_accuracy"]
+            title += "\nchance is 12.5 %"
+            if len(without):
+                title += f", {WITHOUT}: {100 * without.mean():.1f} %"
             rows = rows[rows["value"] != WITHOUT]
             own = own[own["value"] != WITHOUT]
         if len(rows) and name != "scale":
@@ -2755,11 +2757,11 @@ def seconds_in_turn(works: dict[str, Callable], repeats: int) -> dict[str, float
 
     threads = torch.get_num_threads()
     seconds = {name: [] for name in works}
-    for _ in range(repeats + 1):
+    for _ in range(repeats):
         for name, work in works.items():
             timer = Timer("work()", globals={"work": work}, num_threads=threads)
-            seconds[name].append(timer.timeit(1).mean)
-    return {name: float(np.median(values[1:])) for name, values in seconds.items()}  # 0: warm-up
+            seconds[name].append(timer.timeit(1).mean)  # which warms up by itself
+    return {name: float(np.median(values)) for name, values in seconds.items()}
 
 
 def ratio_row(name: str, first: float, second: float, unit: str) -> dict:

@@ -30,7 +30,6 @@ import tempfile
 import textwrap
 import time
 import traceback
-import unicodedata
 import warnings
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -40,6 +39,7 @@ import tyro
 from torch import Tensor
 
 from interview.exercises import EXERCISES, TOPICS, Case, Exercise, Mismatch
+from metrics import terminal_width, written_aside
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "practice"
@@ -421,9 +421,8 @@ def load_state(folder: Path) -> dict[str, dict]:
 
 def save_state(folder: Path, state: dict[str, dict]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    aside = folder / "state.json.aside"
-    aside.write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
-    os.replace(aside, folder / "state.json")
+    with written_aside(folder / "state.json") as aside:
+        aside.write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
 
 
 def change_state(folder: Path, name: str, **changes) -> dict:
@@ -569,11 +568,6 @@ def hint(name: Name, folder: Path = FOLDER) -> int:
     return 0
 
 
-def width_of(line: str) -> int:
-    """Columns that a line takes on a screen; Chinese letters take two."""
-    return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in line)
-
-
 def show(name: Name, folder: Path = FOLDER) -> int:
     """The real one and yours, without docstrings: side by side where the screen is wide enough.
 
@@ -591,13 +585,13 @@ def show(name: Name, folder: Path = FOLDER) -> int:
         return 0
     text = path.read_text(encoding="utf-8", errors="replace")
     yours = [f"# {short(path)}", *source_of(exercise.name, text).splitlines()]
-    left = max(map(width_of, real))
-    right = max(map(width_of, yours))
+    left = max(map(terminal_width, real))
+    right = max(map(terminal_width, yours))
     if left + 3 + right > shutil.get_terminal_size().columns:
         print("\n".join([*real, "", *yours]))
         return 0
     for one, other in itertools.zip_longest(real, yours, fillvalue=""):
-        print(f"{one}{' ' * (left - width_of(one))} | {other}".rstrip())
+        print(f"{one}{' ' * (left - terminal_width(one))} | {other}".rstrip())
     return 0
 
 
