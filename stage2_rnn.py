@@ -1610,24 +1610,24 @@ def parse(arguments: list[str]):
         )
         command.check()
         if isinstance(command, Common):
-            device_of(command)
+            device_of(command.device)
     except ValueError as error:
         print(f"{SCRIPT}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     return command
 
 
-def device_of(command: Common) -> str:
+def device_of(device: str) -> str:
     is_there = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
         "cpu": True,
     }
-    if command.device == "auto":
+    if device == "auto":
         return next(name for name, found in is_there.items() if found)
-    if not is_there[command.device]:
-        raise ValueError(f"--device {command.device}: torch finds none on this machine")
-    return command.device
+    if not is_there[device]:
+        raise ValueError(f"--device {device}: torch finds none on this machine")
+    return device
 
 
 def folder_of(out: Path) -> Path:
@@ -1648,7 +1648,7 @@ def claimed(folder: Path):
 
 def run_experiments(command: RunCommand) -> None:
     """Train what is not finished yet, save each run as it ends, draw, print the result."""
-    device = device_of(command)
+    device = device_of(command.device)
     out = command.out or (tempfile.mkdtemp() if command.smoke else HERE / "figures")
     folder = folder_of(out)
     experiments = command.experiments
@@ -1844,7 +1844,7 @@ def print_result(folder: Path, experiments: list[str]) -> None:
 
 def train_one(command: TrainCommand) -> None:
     """Train the user's network, save its rows named by what was changed, print its scores."""
-    device = device_of(command)
+    device = device_of(command.device)
     config = command.config
     name = name_of_changes(config)
     run = Run(name, name, config)
@@ -2015,7 +2015,7 @@ def predict(command: PredictCommand) -> int:
 
 def benchmark(command: BenchmarkCommand) -> None:
     """Times taken in turn, saved to benchmark.csv, drawn, printed as ratios (lower is better)."""
-    device = device_of(command)
+    device = device_of(command.device)
     folder = folder_of(command.out or (tempfile.mkdtemp() if command.smoke else HERE / "figures"))
     with claimed(folder):
         print(f"benchmark of stage 2 on {device_name(device)}, results in {folder}", flush=True)

@@ -340,13 +340,14 @@ def shift_and_mirror(images: Tensor, far: int = 2) -> Tensor:
     What comes in at an edge continues the edge.
     """
     B = len(images)
+    on = {"device": images.device}
     padded = F.pad(images.reshape(B, 1, 28, 28), (far, far, far, far), mode="replicate")[:, 0]
-    places = torch.arange(28)
-    rows = places + torch.randint(2 * far + 1, (B, 1))  # (B, 28)
-    columns = places + torch.randint(2 * far + 1, (B, 1))  # (B, 28)
-    is_mirrored = torch.rand(B, 1) < 0.5
+    places = torch.arange(28, **on)
+    rows = places + torch.randint(2 * far + 1, (B, 1), **on)  # (B, 28)
+    columns = places + torch.randint(2 * far + 1, (B, 1), **on)  # (B, 28)
+    is_mirrored = torch.rand(B, 1, **on) < 0.5
     columns = torch.where(is_mirrored, columns.flip(1), columns)
-    return padded[torch.arange(B)[:, None, None], rows[:, :, None], columns[:, None, :]]
+    return padded[torch.arange(B, **on)[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
 # ---- Training -------------------------------------------------------------------------------
@@ -403,7 +404,7 @@ def augmented(images: Tensor, recipe: Recipe, progress: float) -> Tensor:
 def train(recipe: Recipe, data: Data, name: str) -> tuple[CNN, list[dict]]:
     """Train a CNN by the recipe: the model, and a history row an epoch, printed with the name."""
     torch.manual_seed(recipe.seed)
-    model = CNN().to(memory_format=torch.channels_last)  # faster on a CPU
+    model = CNN().to(data.train.images.device, memory_format=torch.channels_last)  # faster
     kind = {"momentum": 0.9, "nesterov": True, "weight_decay": recipe.weight_decay}
     optimizer = torch.optim.SGD(model.parameters(), recipe.lr, **kind)
     images = data.train.images[: recipe.n_train]
@@ -438,13 +439,13 @@ def train(recipe: Recipe, data: Data, name: str) -> tuple[CNN, list[dict]]:
     return model, history
 
 
-def execute(dataset: str, recipe: Recipe, data_dir: Path) -> tuple[dict, dict]:
+def execute(dataset: str, recipe: Recipe, data_dir: Path, device: str) -> tuple[dict, dict]:
     """Train and measure one run on one thread: (its rows {table: [row]}, its weights).
 
     The test images are read once, at the end.
     """
     torch.set_num_threads(1)
-    data = LOAD[dataset](data_dir)
+    data = Data(*(Split(*(a.to(device) for a in split)) for split in LOAD[dataset](data_dir)))
     model, history = train(recipe, data, f"{dataset}, seed {recipe.seed}")
     key = {"experiment": dataset, "value": "CNN", "seed": recipe.seed}
     row = key | recipe_columns(recipe) | {"status": stage1_mlp.status(history)}
@@ -455,12 +456,12 @@ def execute(dataset: str, recipe: Recipe, data_dir: Path) -> tuple[dict, dict]:
         found = stage1_mlp.evaluate(judge, split)
         row |= {f"{part}_{score}": found[score] for score in stage1_mlp.SCORES}
     row["parameters"] = sum(p.numel() for p in model.parameters())
-    row |= stage1_mlp.origin_of_rows("cpu") | {"threads": torch.get_num_threads()}
+    row |= stage1_mlp.origin_of_rows(device) | {"threads": torch.get_num_threads()}
     tables = {
         "convolution_history": [key | logged for logged in history],
         "convolution_runs": [row],  # last: a run is finished when its row stands here
     }
-    return tables, model.state_dict()
+    return tables, {name: weights.cpu() for name, weights in model.state_dict().items()}
 
 
 def recipe_columns(recipe: Recipe) -> dict[str, str]:
@@ -486,12 +487,12 @@ def missing_runs(out: Path) -> list[tuple[str, Recipe]]:
     return missing
 
 
-def train_missing(out: Path, data_dir: Path, workers: int) -> None:
+def train_missing(out: Path, data_dir: Path, workers: int, device: str) -> None:
     """Train what is missing, each run on one thread; save each as it ends, and seed 0's weights."""
     todo = missing_runs(out)
     n_runs = len(RECIPES) * len(SEEDS)
     print(f"training: {n_runs - len(todo)} of {n_runs} runs found, {len(todo)} to do", flush=True)
-    jobs = [joblib.delayed(execute)(dataset, recipe, data_dir) for dataset, recipe in todo]
+    jobs = [joblib.delayed(execute)(dataset, recipe, data_dir, device) for dataset, recipe in todo]
     parallel = joblib.Parallel(min(workers, max(1, len(todo))), return_as="generator_unordered")
     for tables, weights in parallel(jobs):
         row = tables["convolution_runs"][0]
@@ -781,13 +782,18 @@ def show_shifted(out: Path, val: Split) -> None:
 
 
 def main(
-    train: bool = False, workers: int = 1, out: Path = FIGURES, data_dir: Path = ROOT / "data"
+    train: bool = False,
+    workers: int = 1,
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
+    out: Path = FIGURES,
+    data_dir: Path = ROOT / "data",
 ) -> int:
     """Show convolutions at work: our functions beside torch's, kernels, and a CNN's results.
 
     Args:
         train: train first what is not saved yet; a command started again goes on.
         workers: runs that are trained at the same time, each on one thread.
+        device: what trains; auto takes a GPU if there is one. Everything else takes the CPU.
         out: the folder that tables, pictures and weights go to and are read from.
         data_dir: the folder that holds MNIST/raw and FashionMNIST/raw.
     """
@@ -797,7 +803,7 @@ def main(
     try:
         with stage1_mlp.claimed(out):
             if train:
-                train_missing(out, data_dir, workers)
+                train_missing(out, data_dir, workers, stage1_mlp.device_of(device))
             data = {dataset: load(data_dir) for dataset, load in LOAD.items()}
             show_functions(out, data)
             runs = metrics.load_rows(out / "convolution_runs.csv")

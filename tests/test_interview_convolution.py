@@ -417,9 +417,9 @@ def test_training_saves_rows_weights_tables_and_pictures(tmp_path, small, capsys
 
 
 def test_a_second_start_goes_on_with_what_is_missing(tmp_path, small, monkeypatch, capsys):
-    convolution.train_missing(tmp_path, None, 1)
+    convolution.train_missing(tmp_path, None, 1, "cpu")
     before = (tmp_path / "convolution_runs.csv").read_bytes()
-    convolution.train_missing(tmp_path, None, 1)
+    convolution.train_missing(tmp_path, None, 1, "cpu")
     assert "2 of 2 runs found, 0 to do" in capsys.readouterr().out
     assert (tmp_path / "convolution_runs.csv").read_bytes() == before
 
@@ -433,7 +433,7 @@ def test_a_second_start_goes_on_with_what_is_missing(tmp_path, small, monkeypatc
     ]
     (tmp_path / "convolution_cnn_fashion_mnist.pt").unlink()
     assert len(convolution.missing_runs(tmp_path)) == 4
-    convolution.train_missing(tmp_path, None, 1)
+    convolution.train_missing(tmp_path, None, 1, "cpu")
     runs = pd.read_csv(tmp_path / "convolution_runs.csv")
     assert runs["experiment"].tolist() == ["MNIST"] * 2 + ["Fashion-MNIST"] * 2
     assert runs["seed"].tolist() == [0, 1, 0, 1]
