@@ -729,23 +729,37 @@ def execute(
     tables = {"runs": [row], "history": [run.key | logged for logged in history]}
     if read_test:
         test = evaluate(model, data.test)
-        matrix = test.pop("confusion").tolist()
-        row |= {f"test_{name}": number for name, number in test.items()}
-        tables["test_metrics"] = [run.key | test]
-        tables["confusion"] = [
-            run.key | {"true": true, "predicted": predicted, "count": count}
-            for true, counts in enumerate(matrix)
-            for predicted, count in enumerate(counts)
-        ]
+        row |= {f"test_{name}": test[name] for name in test if name in SCORES}
+        tables |= test_tables(run, test)
+    tables |= side_tables(run, model, history, data)
+    return tables, {name: value.cpu() for name, value in model.state_dict().items()}
+
+
+def test_tables(run: Run, test: dict) -> dict[str, list[dict]]:
+    """What `evaluate` found on the test images: scores and confusion matrix."""
+    cells = [
+        {"true": true, "predicted": predicted, "count": count}
+        for true, counts in enumerate(test["confusion"].tolist())
+        for predicted, count in enumerate(counts)
+    ]
+    return {
+        "test_metrics": [run.key | {name: test[name] for name in test if name in SCORES}],
+        "confusion": [run.key | cell for cell in cells],
+    }
+
+
+def side_tables(run: Run, model: MLP, history: list[dict], data: Data) -> dict[str, list[dict]]:
+    """The rows that an experiment has beside its scores: mistakes, faults, gradients."""
+    tables = {}
     if run.experiment == "baseline" and run.config.seed == 0:
-        tables["mistakes"] = [run.key | mistake for mistake in surest_mistakes(model, data.test)]
+        tables["mistakes"] = surest_mistakes(model, data.test)
     if run.experiment == "faults":
         tables["faults"] = fault_rows(run, model, history, data)
         vanishing = FAULTS["vanishing gradient"]
         if run.value in (vanishing.broken, vanishing.mended):
             norms = enumerate(layer_gradients(run.config, data), 1)
-            tables["gradients"] = [run.key | {"layer": i, "grad_norm": norm} for i, norm in norms]
-    return tables, {name: value.cpu() for name, value in model.state_dict().items()}
+            tables["gradients"] = [{"layer": i, "grad_norm": norm} for i, norm in norms]
+    return {name: [run.key | row for row in rows] for name, rows in tables.items()}
 
 
 def config_columns(config: Config) -> dict[str, str]:
@@ -908,7 +922,7 @@ def fault_rows(run: Run, model: MLP, history: list[dict], data: Data) -> list[di
             if run.value == getattr(fault, variant):
                 row = {"fault": name, "variant": variant, "measured": fault.measured}
                 row["number"] = fault.measure(model, history, run.config, data)
-                rows.append(run.key | row)
+                rows.append(row)
     return rows
 
 

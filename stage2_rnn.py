@@ -1025,27 +1025,38 @@ def execute(
     tables = {"runs": [row], "history": [run.key | logged for logged in history]}
     if read_test:
         test = evaluate(model, data.test, config)
-        matrix = test.pop("confusion").tolist()
-        row |= {f"test_{name}": number for name, number in test.items()}
-        tables["test_metrics"] = [run.key | test]
-        tables["confusion"] = [
-            run.key | {"true": true, "predicted": predicted, "count": count}
-            for true, counts in enumerate(matrix)
-            for predicted, count in enumerate(counts)
-        ]
+        row |= {f"test_{name}": test[name] for name in test if name in SCORES}
+        tables |= test_tables(run, test)
+    tables |= side_tables(run, model, history, data)
+    return tables, {name: value.cpu() for name, value in model.state_dict().items()}
+
+
+def test_tables(run: Run, test: dict) -> dict[str, list[dict]]:
+    """What `evaluate` found on the test images: scores and confusion matrix."""
+    cells = [
+        {"true": true, "predicted": predicted, "count": count}
+        for true, counts in enumerate(test["confusion"].tolist())
+        for predicted, count in enumerate(counts)
+    ]
+    return {
+        "test_metrics": [run.key | {name: test[name] for name in test if name in SCORES}],
+        "confusion": [run.key | cell for cell in cells],
+    }
+
+
+def side_tables(
+    run: Run, model: RecurrentClassifier, history: list[dict], data: Data
+) -> dict[str, list[dict]]:
+    """The rows that an experiment has beside its scores: reading, gradients, faults."""
+    config = run.config
+    tables = {}
     if run.experiment in ("rnn", "gru") and config.seed == 0:  # one without gates, one with
-        found = read_step_by_step(model, config, data.test)
-        tables["reading"] = [run.key | step for step in found]
+        tables["reading"] = read_step_by_step(model, config, data.test)
     if run.experiment == "memory" and config.padding == 0:
-        for when, network in (("before", build(config, device)), ("after", model)):
-            norms = enumerate(state_gradients(network, config, data), 1)
-            tables.setdefault("gradients", []).extend(
-                run.key | {"when": f"{when} training", "cell": config.cell, "step": t, "norm": norm}
-                for t, norm in norms
-            )
+        tables["gradients"] = gradients_before_and_after(model, config, data)
     if run.experiment == "faults":
         tables["faults"] = fault_rows(run, history, data)
-    return tables, {name: value.cpu() for name, value in model.state_dict().items()}
+    return {name: [run.key | row for row in rows] for name, rows in tables.items()}
 
 
 def config_columns(config: Config) -> dict[str, str]:
@@ -1093,6 +1104,18 @@ def state_gradients(model: RecurrentClassifier, config: Config, data: Data) -> l
         squares = [part.grad.square().sum() for part in parts if part.grad is not None]
         norms.append(sum(squares).sqrt().item())
     return norms
+
+
+def gradients_before_and_after(
+    model: RecurrentClassifier, config: Config, data: Data
+) -> list[dict]:
+    """A row a step: the norm of its state's gradient in the new network and in the trained one."""
+    networks = {"before training": build(config, data.val.images.device), "after training": model}
+    rows = []
+    for when, network in networks.items():
+        for step, norm in enumerate(state_gradients(network, config, data), 1):
+            rows.append({"when": when, "cell": config.cell, "step": step, "norm": norm})
+    return rows
 
 
 def read_step_by_step(model: RecurrentClassifier, config: Config, split: Split) -> list[dict]:
@@ -1174,7 +1197,7 @@ def fault_rows(run: Run, history: list[dict], data: Data) -> list[dict]:
             if run.value == getattr(fault, variant):
                 row = {"fault": name, "variant": variant, "measured": fault.measured}
                 row["number"] = fault.measure(run.config, history, data)
-                rows.append(run.key | row)
+                rows.append(row)
     return rows
 
 

@@ -367,9 +367,11 @@ def draw_sequences(wardrobe: Wardrobe, B: int, n: int, generator=None) -> tuple[
 
 
 def sequences_of(split: Split, n_sequences: int) -> Split:
-    """Sequences of eight garments to judge by, always the same ones for the same split."""
-    generator = torch.Generator(split.images.device).manual_seed(2017)
-    return Split(*draw_sequences(wardrobe_of(split), n_sequences, N_GARMENTS, generator))
+    """Sequences of eight garments to judge by, the same ones for the same split on every device."""
+    on_cpu = Split(split.images.cpu(), split.labels.cpu())
+    generator = torch.Generator().manual_seed(2017)
+    tokens, y = draw_sequences(wardrobe_of(on_cpu), n_sequences, N_GARMENTS, generator)
+    return Split(tokens.to(split.images.device), y.to(split.labels.device))
 
 
 # -------- Model -----------------------------------------------------------------------------------
@@ -1162,7 +1164,7 @@ def execute(
     if read_test:
         test_images = judged_on(data.test, config, N_TEST)
         test = evaluate(model, test_images)
-        row |= {f"test_{score}": test[score] for score in SCORES}
+        row |= {f"test_{name}": test[name] for name in test if name in SCORES}
         if config.task == "clothes":
             tables |= test_tables(run, test, test_images.labels)
     tables |= side_tables(run, model, data)
@@ -1179,7 +1181,7 @@ def test_tables(run: Run, test: dict, labels: Tensor) -> dict[str, list[dict]]:
     is_right = (test["predicted"] == labels).tolist()
     digits = "".join("1" if right else "0" for right in is_right)
     return {
-        "test_metrics": [run.key | {score: test[score] for score in SCORES}],
+        "test_metrics": [run.key | {name: test[name] for name in test if name in SCORES}],
         "confusion": [run.key | cell for cell in cells],
         "predictions": [run.key | {"right": digits}],  # to compare networks image by image
     }
