@@ -730,17 +730,6 @@ def test_the_eight_archives_are_committed_and_nothing_unpacked_is():
 DOCUMENTS = ["README.md", "LEARNING_LOG.md"]
 
 
-@pytest.mark.parametrize(
-    "document", [*DOCUMENTS, "interview/README.md", "figures/stage1/summary.md"]
-)
-def test_every_link_of_a_document_leads_somewhere(document):
-    text = (ROOT / document).read_text(encoding="utf-8")
-    links = [link for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text) if "://" not in link]
-    assert links
-    for link in links:
-        assert ((ROOT / document).parent / link).exists(), link
-
-
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_mean_with_its_spread_stands_in_a_committed_table(document):
     tables = ""

@@ -1,0 +1,79 @@
+"""The documents: their links lead somewhere, their numbers are those of the committed tables."""
+
+import re
+
+import documents
+import pytest
+from documents import ROOT
+
+import metrics
+
+SUMMARIES = [f"figures/stage{stage}/summary.md" for stage in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("document", [*documents.DOCUMENTS, *SUMMARIES])
+def test_every_link_leads_somewhere(document):
+    text = (ROOT / document).read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text) if "://" not in link]
+    assert links
+    for link in links:
+        assert ((ROOT / document).parent / link).exists(), link
+
+
+@pytest.mark.parametrize("document", documents.DOCUMENTS)
+def test_every_number_is_that_of_the_table_that_it_names(document):
+    text = (ROOT / document).read_text(encoding="utf-8")
+    assert documents.wrong_numbers(text) == []
+
+
+@pytest.fixture
+def rows():
+    return metrics.load_rows(ROOT / "figures" / "stage1" / "test_metrics.csv")
+
+
+MEANING = '<!-- stage1/test_metrics.csv; experiment == "baseline"; 100 * accuracy -->'
+
+
+def test_a_number_is_compared_in_its_own_decimals(rows):
+    accuracy = 100 * rows.loc[rows["experiment"] == "baseline", "accuracy"]
+    right = f"{accuracy.mean():.2f} ± {accuracy.std(ddof=1):.2f}"
+    assert (
+        documents.wrong_numbers(
+            f"It has {right} % {MEANING} of all, or {accuracy.mean():.1f} % {MEANING}"
+        )
+        == []
+    )
+    (line,) = documents.wrong_numbers(f"It has {accuracy.mean() + 0.1:.2f} %{MEANING} of all.")
+    assert f"should be {accuracy.mean():.2f}" in line
+
+
+def test_numbers_are_filled_in_with_sign_and_commas(rows):
+    scores = dict(list(rows.groupby("experiment")["accuracy"]))
+    gain = 100 * (scores["deformed"].to_numpy() - scores["baseline"].to_numpy()).mean()
+    text = '+?.??<!-- stage1/test_metrics.csv; experiment == "deformed"; '
+    text += "100 * difference(accuracy, of('experiment == \"baseline\"', 'accuracy')) --> more; "
+    text += "?<!-- ; ; 784 * 128 --> weights, ?.?<!-- ; ; 1 - 3.55 -->"
+    shown = documents.COMMENT.sub("", documents.filled(text))
+    assert shown == f"+{gain:.2f} more; 100,352 weights, −2.5"
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("1.0<!-- stage1/none.csv; ; accuracy -->", "figures/stage1/none.csv is missing"),
+        ("1.0<!-- stage1/runs.csv; experiment == 'x'; seed -->", "no row of stage1/runs.csv"),
+        ("1.0 ± 0.1<!-- ; ; 1.0 -->", "should be 1.0 ± nan"),
+        ("nothing <!-- ; ; 1.0 -->", "no number stands before"),
+    ],
+)
+def test_a_comment_that_says_nothing_is_found(text, said):
+    (line,) = documents.wrong_numbers(text)
+    assert said in line
+
+
+def test_measured_numbers_that_nothing_explains_are_found():
+    text = (
+        f"It gets 98.61 %{MEANING}, 98.4 %<!-- source: a paper --> there; `lr=0.1`, $0.5^2$, 3 runs"
+    )
+    assert documents.unmarked_numbers(text) == []
+    assert len(documents.unmarked_numbers(f"{text}, 12 % more, 0.71 of the time")) == 2
