@@ -1047,11 +1047,15 @@ def test_tables(run: Run, test: dict) -> dict[str, list[dict]]:
 def side_tables(
     run: Run, model: RecurrentClassifier, history: list[dict], data: Data
 ) -> dict[str, list[dict]]:
-    """The rows that an experiment has beside its scores: reading, gradients, faults."""
+    """The rows that an experiment has beside its scores: reading, gradients, shares, faults."""
     config = run.config
     tables = {}
     if run.experiment in ("rnn", "gru") and config.seed == 0:  # one without gates, one with
         tables["reading"] = read_step_by_step(model, config, data.test)
+    if run.experiment == "init":
+        as_probe = replace(config, reading=PROBE.reading, n_hidden=PROBE.n_hidden)
+        row = {"cell": config.cell, "init": config.init}
+        tables["shares"] = [row | {"share": gradient_ratio(as_probe, history, data)}]
     if run.experiment == "memory" and config.padding == 0:
         tables["gradients"] = gradients_before_and_after(model, config, data)
     if run.experiment == "faults":
@@ -1424,6 +1428,14 @@ def write_summary(folder: Path, runs: pd.DataFrame) -> None:
             table = metrics.score_table(rows, "val_", "value", varied)
             picture = f"![{name}](sweep_{name}.png)"
             sections[f"Sweep: {name.replace('_', ' ')}"] = [note, table, picture]
+    shares = metrics.load_rows(folder / "shares.csv")
+    if len(shares):
+        note = (
+            "Of new networks with 64 units on 500 validation images: the norm of the gradient "
+            "that reaches the first of 28 states, over that at the last. 1 would be all of it. "
+            "Geometric means, as the numbers differ by powers of ten."
+        )
+        sections["How much of the gradient reaches the first row?"] = [note, share_table(shares)]
     faults = metrics.load_rows(folder / "faults.csv")
     if len(faults):
         symptoms = {name: fault.symptom for name, fault in FAULTS.items()}
@@ -1446,6 +1458,18 @@ def write_summary(folder: Path, runs: pd.DataFrame) -> None:
         sections["Speed"] = [benchmark_note(benchmarks), benchmark_table(benchmarks)]
         sections["Speed"].append("![speed](benchmark.png)")
     metrics.write_sections(folder / "summary.md", "Stage 2: RNN on Fashion-MNIST", sections)
+
+
+def share_table(rows: pd.DataFrame) -> str:
+    """Markdown: a line a cell and init, the geometric mean of its shares and their range."""
+    table = []
+    for (cell, init), found in rows.groupby(["cell", "init"], sort=False):
+        shares = found["share"]
+        line = {"cell": CELL_NAMES[cell], "W_hh at the start": init}
+        line["share (geometric mean)"] = f"{np.exp(np.log(shares).mean()):.1e}"
+        line["lowest … highest"] = f"{shares.min():.1e} … {shares.max():.1e}"
+        table.append(line | {"n": str(len(shares))})
+    return metrics.markdown(table)
 
 
 def benchmark_note(rows: pd.DataFrame) -> str:

@@ -72,8 +72,6 @@ def test_a_comment_that_says_nothing_is_found(text, said):
 
 
 def test_measured_numbers_that_nothing_explains_are_found():
-    text = (
-        f"It gets 98.61 %{MEANING}, 98.4 %<!-- source: a paper --> there; `lr=0.1`, $0.5^2$, 3"
-    )
+    text = f"It gets 98.61 %{MEANING}, 98.4 %<!-- source: a paper --> there; `lr=0.1`, $0.5^2$, 3"
     assert documents.unmarked_numbers(text) == []
     assert len(documents.unmarked_numbers(f"{text}, 12 % more, 0.71 of the time")) == 2

@@ -812,6 +812,14 @@ def test_state_gradients_of_an_lstm_are_those_of_torchs_cell(data):
     assert stage.state_gradients(model, config, data) == pytest.approx(norms, rel=1e-3)
 
 
+def test_shares_are_averaged_as_powers_of_ten():
+    rows = pd.DataFrame({"cell": "rnn", "init": "default", "share": [1e-2, 1e-6]})
+    line = stage.share_table(rows).splitlines()[-1]
+    assert [cell.strip() for cell in line.split("|")[1:-1]] == [
+        *("RNN, tanh", "default", "1.0e-04", "1.0e-06 … 1.0e-02", "2")
+    ]
+
+
 def test_state_gradients_of_an_rnn_are_those_of_the_written_out_loop(data):
     config = replace(SMALL, cell="rnn", init="default")
     model = stage.build(config)
