@@ -559,6 +559,15 @@ def draw_lines(
         legend_beside(axes)
 
 
+def annotated_cells(axes: Axes, numbers, cells, **style) -> None:
+    """seaborn's heatmap with a text in each cell; the texts need no room outside the panel."""
+    sns.heatmap(numbers, annot=cells, fmt="", ax=axes, **style)
+    for text in axes.texts:
+        text.set_in_layout(False)  # or each is measured, twice, to lay the picture out
+    axes.tick_params("y", rotation=0)
+    axes.grid(False)
+
+
 def draw_heatmap(
     path: Path,
     rows: pd.DataFrame,
@@ -576,10 +585,7 @@ def draw_heatmap(
     if rows["seed"].nunique() > 1:
         cells += "\n" + low.map("{:.2f}".format) + " … " + high.map("{:.2f}".format)
     with picture(path, f"{title}\n{bands_of(rows)}", width=10, height=5.5) as axes:
-        bar = {"label": colorbar}
-        sns.heatmap(mean, annot=cells, fmt="", cmap="crest", ax=axes, cbar_kws=bar)
-        axes.tick_params("y", rotation=0)
-        axes.grid(False)
+        annotated_cells(axes, mean, cells, cmap="crest", cbar_kws={"label": colorbar})
         axes.set(**labels)
 
 
@@ -595,11 +601,8 @@ def draw_confusion(path: Path, matrix, class_names, title: str) -> None:
         "yticklabels": class_names,
     }
     with picture(path, title, width=8.5, height=7.5) as axes:
-        share = np.maximum(share, 0.05)
-        sns.heatmap(share, annot=cells, fmt="", cmap="Blues", square=True, ax=axes, **style)
+        annotated_cells(axes, np.maximum(share, 0.05), cells, cmap="Blues", square=True, **style)
         axes.set(xlabel="predicted class", ylabel="true class")
-        axes.tick_params("y", rotation=0)
-        axes.grid(False)
 
 
 def draw_faults(path: Path, rows: pd.DataFrame, title: str) -> None:
