@@ -267,6 +267,24 @@ def test_smoke_makes_every_table_and_picture(stage, smoke):
     assert str(folder / "summary.md") in last
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_what_a_gpu_trained_is_judged_alike_on_the_cpu(stage, tmp_path, folder_of):
+    weights = tmp_path / "own.pt"
+    command = ["train", "--steps", "5", "--n-train", "640", "--device", "cuda"]
+    assert stage.main([*command, "--save", str(weights), "--out", str(tmp_path)]) == 0
+    row = metrics.load_rows(folder_of(tmp_path) / "runs.csv").iloc[0]
+    assert row["device"] == torch.cuda.get_device_name()
+    loaded = stage.load_weights(weights)
+    val = stage.load_data().val
+    if stage.__name__ == "stage1_mlp":
+        found = stage.evaluate(loaded, val)
+    elif stage.__name__ == "stage2_rnn":
+        found = stage.evaluate(loaded[0], val, loaded[1])
+    else:
+        found = stage.evaluate(loaded, stage.judged_on(val, loaded.config, len(val.labels)))
+    assert found["loss"] == pytest.approx(row["val_loss"], rel=1e-4)
+
+
 def test_every_run_has_history_and_says_where_it_comes_from(stage, smoke):
     runs, history = rows_of(smoke[0]), rows_of(smoke[0], "history")
     key = ["experiment", "value", "seed"]
