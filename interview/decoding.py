@@ -125,6 +125,13 @@ def next_logits(step: Callable, tokens: Tensor, eos: int | None) -> Tensor:
     return logits
 
 
+def ended(tokens: Tensor, eos: int | None) -> Tensor:
+    """Which rows of (B, T) end in eos: (B,) bool."""
+    if eos is None:
+        return torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+    return (tokens[:, -1:] == eos).any(1)  # of no tokens at all, False
+
+
 # ---- 1. Temperature, top-k, top-p -----------------------------------------------------------
 
 
@@ -221,10 +228,8 @@ def generate(
     tokens = start
     if len(start) == 0:
         return F.pad(start, (0, n))
-    is_over = torch.zeros(len(start), dtype=torch.bool, device=start.device)  # (B,)
     for _ in range(n):
-        if eos is not None:
-            is_over = (tokens[:, -1:] == eos).any(1)
+        is_over = ended(tokens, eos)  # (B,)
         if is_over.all():
             n_left = start.shape[1] + n - tokens.shape[1]
             return F.pad(tokens, (0, n_left), value=int(eos))
@@ -278,10 +283,8 @@ def beam_search(
     on = {"device": start.device}
     scores = torch.zeros(1, dtype=torch.float64, **on)
     lengths = torch.zeros(1, dtype=torch.float64, **on)
-    is_over = torch.zeros(1, dtype=torch.bool, **on)
     for _ in range(n):
-        if eos is not None:
-            is_over = (sequences[:, -1:] == eos).any(1)  # (W,)
+        is_over = ended(sequences, eos)  # (W,)
         if is_over.all():
             n_left = start.shape[1] + n - sequences.shape[1]
             return F.pad(sequences, (0, n_left), value=int(eos)), scores

@@ -1,0 +1,1063 @@
+"""A GPT that writes digits: a causal transformer over the patches of MNIST images (手撕 GPT).
+
+    python -m interview.gpt                  digits and tables from what is saved, half a minute
+    python -m interview.gpt --train          trains first what is not saved yet: days on a CPU; on
+                                             a GPU with --workers 4 about five minutes
+    python -m interview.gpt --evaluate       measures the tables again: a minute on a GPU
+    python -m interview.gpt --out DIR        the same into and from DIR
+    python -m interview.gpt --smoke ...      tiny networks and few images: does everything run?
+
+Read `tokens_of` and `GPT` first. An image of 28 × 28 black and white pixels is cut into 196 patches
+of 2 × 2; a patch is one of 16 tokens. Before them stands the class, as a token of its own:
+
+    class 3 │ ▗ │ ▄ │ ▟ │ … 196 patches, row by row
+
+Axis letters in shape comments: B batch, T tokens, D width, V the 16 patches, H heads, G heads of
+keys and values.
+
+1. GPT (因果语言模型)
+   Asked     "Write a decoder-only transformer. What does it learn from one sequence?"
+             「手写 decoder-only 的 Transformer。一条序列能学到什么？」
+   Idea      Each token is predicted from those before it. The causal mask (因果掩码) lets one pass
+             over T tokens answer T questions at once:
+             log p(x) = Σ_t log p(x_t | x_1 … x_{t−1})
+             A block is x + attention(norm(x)), then x + mlp(norm(x)). Here as in LLaMA: RMSNorm,
+             SwiGLU, rotary positions; what they are stands in layers.py and stage 3.
+   Cost      About 6 operations a parameter and token in training, 2 in reading; attention adds
+             O(T² D) a block. 12 D² parameters a block.
+   追问      Why does the norm come first? The sum x is never normalised, so gradients reach every
+             block. Encoder or decoder? The mask is the difference. Why can it write what it has
+             never seen? It learns p, not the list of images. Does it need positions, as the mask
+             already breaks the symmetry? It works without, and better with.
+   Mistakes  The target is the input, not shifted by one: the loss goes to 0. The mask hides the
+             token itself: the first one sees nothing. Dropout while measuring.
+
+2. Nats, perplexity (似然, 困惑度)
+   Asked     "How do you compare two language models? What if their tokens differ?"
+             「怎样比较两个语言模型？词表不同怎么办？」
+   Idea      −log p of unseen data, lower is better. A sum over the whole image does not ask how it
+             was cut into tokens; a mean a token does. This model knows the class. What is compared
+             with models that do not is log p(x) = log Σ_c p(c) p(x | c): ten passes.
+   Cost      One pass; ten with the sum over classes.
+   追问      Perplexity is exp(nats a token): among how many tokens it is as good as undecided. Bits
+             are nats / ln 2. Does a better likelihood mean better samples? Not necessarily: see the
+             table of decoding. A classifier for free? argmax_c p(c) p(x | c), Bayes' rule.
+   Mistakes  Grey pixels, another binarisation, or another number of bits: other data, so numbers
+             that must not stand side by side. exp of a sum of 196 logs underflows: logsumexp.
+
+3. Writing with a cache (KV cache, 自回归生成)
+   Asked     "How do you make generation fast? What do GQA and MQA change?"
+             「怎样加速生成？GQA、MQA 改变了什么？」
+   Idea      Keys and values of old tokens never change, as no token sees a later one. Keep them,
+             and each token is read once.
+   Cost      Without a cache O(T²) tokens are read to write T, with it T. The cache holds
+             2 · blocks · T · G · d numbers a sequence: G = H for multi-head, 1 for multi-query.
+   追问      Why is reading a prompt fast and writing slow? One is a matrix product of T rows, the
+             other T products of one row, which wait for memory. When does sharing pay? Long
+             sequences and large batches, where the cache outweighs the weights.
+   Mistakes  Positions that start from 0 again at each new token. A cache that is kept for the next
+             batch.
+"""
+
+import itertools
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import joblib
+import numpy as np
+import pandas as pd
+import torch
+import tyro
+from torch import Tensor, nn
+
+import metrics
+import stage1_mlp
+from interview import decoding
+from interview.convolution import InParts, file_of, load_cnn, recipe_columns
+from interview.layers import RMSNorm, SwiGLU, log_softmax
+from stage1_mlp import Split
+from stage3_attention import GroupedQueryAttention, KVCache, unchanged_if_it_fails
+
+ROOT = Path(__file__).resolve().parent.parent
+FIGURES = ROOT / "figures" / "interview"
+CHECKPOINTS = ROOT / "out" / "interview"
+
+SIDE = 28  # pixels
+GRID = SIDE // 2  # patches a row
+N_TOKENS = GRID * GRID
+V = 16  # different patches
+N_CLASSES = 10
+
+
+# ---- Images as tokens -----------------------------------------------------------------------
+
+
+def binarised(grey: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Each pixel drawn from its grey value: grey 0 … 1 of any shape -> bool, True is ink."""
+    return torch.rand(grey.shape, generator=generator, device=grey.device) < grey
+
+
+def tokens_of(pixels: Tensor) -> Tensor:
+    """Images of 0 and 1, (N, 784) -> patches (N, 196) in 0 … 15, row by row.
+
+    A patch [a b / c d] is the number 8a + 4b + 2c + d. ValueError on another shape.
+    """
+    if pixels.ndim != 2 or pixels.shape[1] != SIDE * SIDE:
+        raise ValueError(f"pixels (N, {SIDE * SIDE}) expected, not {tuple(pixels.shape)}")
+    rows = pixels.long().view(-1, GRID, 2, GRID, 2)  # patch row, row in it, column, column in it
+    a, b = rows[:, :, 0, :, 0], rows[:, :, 0, :, 1]
+    c, d = rows[:, :, 1, :, 0], rows[:, :, 1, :, 1]
+    return (8 * a + 4 * b + 2 * c + d).flatten(1)
+
+
+def pixels_of(tokens: Tensor) -> Tensor:
+    """Patches (N, 196) -> images (N, 28, 28) of 0 and 1, float32: `tokens_of` backwards."""
+    if tokens.ndim != 2 or tokens.shape[1] != N_TOKENS:
+        raise ValueError(f"patches (N, {N_TOKENS}) expected, not {tuple(tokens.shape)}")
+    grid = tokens.view(-1, GRID, GRID)
+    bits = torch.stack([grid // 8, grid // 4, grid // 2, grid], -1) % 2  # (N, 14, 14, 4)
+    patches = bits.unflatten(-1, (2, 2))  # (N, 14, 14, 2, 2)
+    return patches.transpose(2, 3).reshape(-1, SIDE, SIDE).float()
+
+
+def class_tokens(labels: Tensor) -> Tensor:
+    """The first token of each sequence, 16 + class: (N,) -> (N, 1)."""
+    return V + labels[:, None]
+
+
+def check_classes(labels: Tensor) -> None:
+    """ValueError unless labels (N,) are whole numbers of 0 … 9; on a GPU it waits for them."""
+    if labels.ndim != 1 or labels.dtype != torch.int64:
+        raise ValueError(f"labels (N,) int64 expected, not {labels.dtype} {tuple(labels.shape)}")
+    if len(labels) and not 0 <= labels.min() <= labels.max() < N_CLASSES:
+        found = f"{labels.min().item()} … {labels.max().item()}"
+        raise ValueError(f"labels must lie in 0 … {N_CLASSES - 1}, not {found}")
+
+
+# ---- The network ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Config:
+    """All that a run depends on."""
+
+    d_model: int = 160
+    n_heads: int = 4
+    # heads of keys and values: n_heads is multi-head attention, 1 is multi-query
+    n_kv_heads: int = 4
+    n_blocks: int = 6
+    # width of SwiGLU's hidden layer; 8 / 3 of d_model has as many weights as the usual 4 · d_model
+    d_ff: int = 432
+    dropout: float = 0.1
+    n_tokens: int = N_TOKENS
+    # highest rate of AdamW; it rises and falls as in stage 1
+    lr: float = 2e-3
+    weight_decay: float = 0.1
+    warmup: float = 0.05
+    # gradients are scaled down to this norm
+    clip: float = 1.0
+    batch_size: int = 128
+    epochs: int = 25
+    # training images used; and, of validation and of test images, how many judge the end
+    n_train: int = stage1_mlp.N_TRAIN
+    n_judged: int = 10_000
+    # training steps from one row of the history to the next
+    log_every: int = 215
+    # of weights, batch order, drawn pixels and dropout; never of the validation or test pixels
+    seed: int = 0
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(self.n_train / self.batch_size)
+
+    @property
+    def n_steps(self) -> int:
+        return self.epochs * self.steps_per_epoch
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)), causal: (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        D = config.d_model
+        self.norm_1 = RMSNorm(D)
+        self.attention = GroupedQueryAttention(D, config.n_heads, config.n_kv_heads, "rotary")
+        self.norm_2 = RMSNorm(D)
+        self.mlp = SwiGLU(D, config.d_ff)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        attended, _ = self.attention(self.norm_1(x), causal=True, cache=cache)
+        x = x + self.dropout(attended)
+        return x + self.dropout(self.mlp(self.norm_2(x)))
+
+
+class GPT(nn.Module):
+    """Tokens -> for each of them, logits of the patch that comes next (因果 Transformer).
+
+    forward: (B, T) int64, a class token and patches -> (B, T, 16). With a cache for every block the
+    tokens follow those that the caches hold. ValueError on other shapes, or more than
+    config.n_tokens in all.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        D = config.d_model
+        self.config = config
+        self.embedding = nn.Embedding(V + N_CLASSES, D)
+        self.places = nn.Parameter(0.02 * torch.randn(config.n_tokens, D))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_blocks))
+        self.norm = RMSNorm(D)
+        self.head = nn.Linear(D, V)
+        self.initialise()
+
+    def initialise(self) -> None:
+        """GPT-2's: weights of 0.02, smaller where a block ends, as all blocks add to one sum."""
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear | nn.Embedding):
+                nn.init.normal_(layer.weight, std=0.02)
+            if isinstance(layer, nn.Linear) and layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+        for block in self.blocks:
+            for last in (block.attention.W_o, block.mlp.w2):
+                nn.init.normal_(last.weight, std=0.02 / math.sqrt(2 * len(self.blocks)))
+
+    def forward(self, tokens: Tensor, caches: list[KVCache] | None = None) -> Tensor:
+        start = caches[0].length if caches else 0
+        if tokens.ndim != 2 or start + tokens.shape[1] > len(self.places):
+            after = f" after {start} in the caches" if caches else ""
+            wanted = f"tokens (B, T), at most {len(self.places)} in all, expected"
+            raise ValueError(f"{wanted}, not {tuple(tokens.shape)}{after}")
+        T = tokens.shape[1]
+        x = self.embedding(tokens) + self.places[start : start + T]  # (B, T, D)
+        with unchanged_if_it_fails(*(caches or [])):
+            for block, cache in zip(self.blocks, caches or [None] * len(self.blocks), strict=True):
+                x = block(x, cache)
+        return self.head(self.norm(x))  # (B, T, V)
+
+    def caches(self, batch: int) -> list[KVCache]:
+        """An empty cache for every block, for sequences of n_tokens."""
+        config = self.config
+        sizes = (batch, config.n_kv_heads, config.n_tokens, config.d_model // config.n_heads)
+        return [KVCache(*sizes, self.places.dtype, self.places.device) for _ in self.blocks]
+
+
+def n_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+# ---- Likelihood -----------------------------------------------------------------------------
+
+
+def next_patch_loss(model: GPT, tokens: Tensor, labels: Tensor) -> Tensor:
+    """Mean −log p(next patch) in nats, of patches (B, T) and classes (B,): the training's loss.
+
+    The model reads the class and all patches but the last, and answers all patches.
+    """
+    read = torch.cat([class_tokens(labels), tokens[:, :-1]], 1)  # (B, T): moved by one
+    logits = model(read).float()  # (B, T, V)
+    return stage1_mlp.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+
+
+@torch.no_grad()
+def log_likelihood(model: GPT, tokens: Tensor, labels: Tensor, size: int = 200) -> Tensor:
+    """log p(x | c) in nats of whole images (N, T) with classes (N,): (N,) float64.
+
+    Dropout is off; `size` images at a time.
+    """
+    check_classes(labels)
+    was_training = model.training
+    model.eval()
+    found = []
+    for x, c in zip(tokens.split(size), labels.split(size), strict=True):
+        read = torch.cat([class_tokens(c), x[:, :-1]], 1)
+        log_p = log_softmax(model(read).double())  # (B, T, V)
+        found.append(log_p.gather(2, x[:, :, None]).sum((1, 2)))
+    model.train(was_training)
+    return torch.cat(found)
+
+
+def log_likelihood_of_classes(model: GPT, tokens: Tensor) -> Tensor:
+    """log p(x | c) for every class c: (N, T) -> (N, 10) float64."""
+    columns = []
+    for c in range(N_CLASSES):
+        labels = torch.full((len(tokens),), c, device=tokens.device)
+        columns.append(log_likelihood(model, tokens, labels))
+    return torch.stack(columns, 1)
+
+
+def nats(log_p: Tensor, labels: Tensor, prior: Tensor) -> dict[str, float]:
+    """What log p(x | c) (N, 10) says of images with classes (N,), where p(c) is the prior (10,).
+
+    Means of −log p(x | its class) and of −log p(x) = −log Σ_c p(c) p(x | c), the latter's standard
+    error, and the share of images whose class Bayes' rule finds.
+    """
+    joint = log_p + prior.log()  # (N, 10): log p(x, c)
+    own = -log_p.gather(1, labels[:, None])
+    marginal = -joint.logsumexp(1)  # (N,)
+    return {
+        "images": len(labels),
+        "nats_given_class": own.mean().item(),
+        "nats": marginal.mean().item(),
+        "standard_error": (marginal.std() / math.sqrt(len(labels))).item(),
+        "bayes_accuracy": (joint.argmax(1) == labels).double().mean().item(),
+    }
+
+
+# ---- Data -----------------------------------------------------------------------------------
+
+
+class Digits(NamedTuple):
+    """Images of one split; grey for those that are drawn anew, else patches."""
+
+    images: Tensor  # (N, 784) grey float32, or patches (N, 196) int64
+    labels: Tensor  # (N,) int64
+
+    def first(self, n: int) -> "Digits":
+        return Digits(self.images[:n], self.labels[:n])
+
+
+def grey(split: Split) -> Digits:
+    """Stage 1's normalised images as grey values 0 … 1, exact multiples of 1 / 255."""
+    return Digits(stage1_mlp.as_stored(split).images.round() / 255, split.labels)
+
+
+def load_digits(data_dir: Path, device: str = "cpu") -> dict[str, Digits]:
+    """Training images in grey; validation and test images as patches, drawn once and shuffled.
+
+    Drawn on the CPU with a fixed seed: the same pixels on every device.
+    """
+    data = stage1_mlp.load_data(data_dir)
+    digits = {"train": grey(data.train)}
+    for seed, (name, split) in enumerate({"val": data.val, "test": data.test}.items()):
+        generator = torch.Generator().manual_seed(2016 + seed)
+        images, labels = grey(split)
+        tokens = tokens_of(binarised(images, generator))
+        order = torch.randperm(len(labels), generator=generator)  # validation stands by class
+        digits[name] = Digits(tokens[order], labels[order])
+    return {name: Digits(*(part.to(device) for part in found)) for name, found in digits.items()}
+
+
+def class_shares(labels: Tensor) -> Tensor:
+    """p(c) as the training images have it: (N,) -> (10,) float64."""
+    return torch.bincount(labels, minlength=N_CLASSES).double() / len(labels)
+
+
+# ---- Training -------------------------------------------------------------------------------
+
+
+def make_optimizer(model: GPT, config: Config) -> torch.optim.Optimizer:
+    """AdamW; matrices decay, what is added or multiplied number by number does not."""
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, config.lr, betas=(0.9, 0.95), fused=True)
+
+
+def train(
+    config: Config, digits: dict[str, Digits], name: str, checkpoint: Path
+) -> tuple[GPT, list[dict]]:
+    """Train by the config: the model, and its history, a row each log_every steps.
+
+    After each epoch all that is needed to go on is written to the checkpoint, and a run that finds
+    one with its own config goes on from there. An epoch draws from a seed of its own, so a run
+    that was stopped ends exactly as one that was not.
+    """
+    train_digits = digits["train"].first(config.n_train)
+    judged = digits["val"].first(min(1000, config.n_judged))
+    device = train_digits.images.device
+    torch.manual_seed(config.seed)
+    model = GPT(config).to(device)
+    optimizer = make_optimizer(model, config)
+    history = []
+    first_epoch = load_checkpoint(checkpoint, config, model, optimizer, history)
+    start = time.perf_counter() - (history[-1]["seconds"] if history else 0.0)
+    half = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    losses = []
+    step = first_epoch * config.steps_per_epoch
+    for epoch in range(first_epoch, config.epochs):
+        torch.manual_seed(1000 * config.seed + epoch + 1)
+        batches = stage1_mlp.batches(config.n_train, config.batch_size, device)
+        for batch in itertools.islice(batches, config.steps_per_epoch):
+            step += 1
+            for group in optimizer.param_groups:
+                group["lr"] = stage1_mlp.learning_rate(config, step)
+            tokens = tokens_of(binarised(train_digits.images[batch]))  # (B, T)
+            with half:
+                loss = next_patch_loss(model, tokens, train_digits.labels[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+            optimizer.step()
+            losses.append(loss.detach())
+            if step % config.log_every == 0 or step == config.n_steps:
+                row = {"step": step, "epoch": step / config.steps_per_epoch}
+                row["train_nats"] = config.n_tokens * torch.stack(losses).mean().item()
+                row["val_nats"] = -log_likelihood(model, *judged).mean().item()
+                row["seconds"] = time.perf_counter() - start
+                history.append(row)
+                losses = []
+                print(progress(name, config, row), flush=True)
+        save_checkpoint(checkpoint, config, model, optimizer, history, epoch + 1)
+    return model, history
+
+
+def progress(name: str, config: Config, row: dict) -> str:
+    where = f"  {name}: step {row['step']:,} of {config.n_steps:,}, {row['seconds'] / 60:.1f} min"
+    nats_of = f"{row['train_nats']:.2f} nats an image in training, {row['val_nats']:.2f} validation"
+    return f"{where}, {nats_of}"
+
+
+def save_checkpoint(path: Path, config, model, optimizer, history, epochs_done: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = {
+        "config": recipe_columns(config),
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "history": history,
+        "epochs_done": epochs_done,
+    }
+    with metrics.written_aside(path) as aside:
+        torch.save(state, aside)
+
+
+def load_checkpoint(path: Path, config, model, optimizer, history: list) -> int:
+    """Fill model, optimizer and history from a checkpoint of this config: the epochs done, or 0."""
+    if not path.exists():
+        return 0
+    state = torch.load(path, weights_only=True, map_location=model.places.device)
+    if state["config"] != recipe_columns(config):
+        return 0
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    history.extend(state["history"])
+    return state["epochs_done"]
+
+
+def save_weights(path: Path, model: GPT) -> None:
+    """As float16, half the size; `load_weights` gives what is measured."""
+    weights = {name: values.half().cpu() for name, values in model.state_dict().items()}
+    with metrics.written_aside(path) as aside:
+        torch.save({"config": vars(model.config), "weights": weights}, aside)
+
+
+def load_weights(path: Path, device: str = "cpu") -> GPT:
+    """The network of saved weights in float32, dropout off."""
+    saved = torch.load(path, weights_only=True, map_location=device)
+    model = GPT(Config(**saved["config"])).to(device)
+    model.load_state_dict(saved["weights"])
+    return model.eval()
+
+
+# ---- The runs -------------------------------------------------------------------------------
+
+
+class Run(NamedTuple):
+    experiment: str
+    value: str
+    config: Config
+
+    @property
+    def name(self) -> str:
+        return f"{self.experiment} {self.value}, seed {self.config.seed}"
+
+
+MAIN = Config()
+# what sharing keys and values costs: smaller networks, each training image once
+SHORT = Config(d_model=128, n_heads=8, n_blocks=3, d_ff=344, dropout=0.0, batch_size=64, epochs=1)
+KV_HEADS = [8, 4, 2, 1]
+SEEDS = [0, 1, 2]
+
+
+def runs_of(smoke: bool = False) -> list[Run]:
+    """The one that writes, then those with fewer key/value heads."""
+    runs = [Run("digits", "gpt", MAIN)]
+    for seed, n_kv_heads in itertools.product(SEEDS, KV_HEADS):
+        config = replace(SHORT, n_kv_heads=n_kv_heads, seed=seed)
+        runs.append(Run("key/value heads", str(n_kv_heads), config))
+    if not smoke:
+        return runs
+    ends = [run for run in runs if run.config.seed == 0 and run.value in ("gpt", "8", "1")]
+    return [run._replace(config=smoke_config(run.config)) for run in ends]
+
+
+def smoke_config(config: Config) -> Config:
+    """As this one, but tiny."""
+    sizes = {"d_model": 16, "n_blocks": 1, "d_ff": 8, "log_every": 1}
+    return replace(config, **sizes, batch_size=8, epochs=2, n_train=12, n_judged=20)
+
+
+def execute(
+    run: Run, data_dir: Path, device: str, checkpoints: Path, out: Path
+) -> dict[str, list[dict]]:
+    """Train one run and judge it on validation images: its rows {table: [row]}.
+
+    The weights of the one that writes are saved.
+    """
+    torch.set_num_threads(1)
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU, in training alone
+    config = run.config
+    digits = load_digits(data_dir, device)
+    place = f"{run.experiment}_{run.value}_{config.seed}".replace("/", "_").replace(" ", "_")
+    checkpoint = checkpoints / f"gpt_{place}.pt"
+    model, history = train(config, digits, run.name, checkpoint)
+    torch.set_float32_matmul_precision(precision)
+
+    if run.experiment == "digits":
+        save_weights(out / "gpt_digits.pt", model)
+        model = load_weights(out / "gpt_digits.pt", device)  # rounded: these are judged
+    key = {"experiment": run.experiment, "value": run.value, "seed": config.seed}
+    row = key | recipe_columns(config)
+    row |= {name: history[-1][name] for name in ("train_nats", "seconds")}
+    row["parameters"] = n_parameters(model)
+    row["cache_bytes"] = sum(cache.nbytes for cache in model.caches(1))
+    val = digits["val"].first(config.n_judged)
+    row["val_nats_given_class"] = -log_likelihood(model, *val).mean().item()
+    row |= stage1_mlp.origin_of_rows(device) | {"threads": torch.get_num_threads()}
+    return {
+        "gpt_history": [key | logged for logged in history],
+        "gpt_runs": [row],  # last: a run is finished when its row stands here
+    }
+
+
+def missing_runs(out: Path, smoke: bool = False) -> list[Run]:
+    """The runs that gpt_runs.csv does not hold, or holds with another config."""
+    rows = metrics.load_rows(out / "gpt_runs.csv", as_text=True).to_dict("records")
+    found = {(row["experiment"], row["value"], row["seed"]): row for row in rows}
+    missing = []
+    for run in runs_of(smoke):
+        row = found.get((run.experiment, run.value, str(run.config.seed)), {})
+        columns = recipe_columns(run.config)
+        other_config = any(row.get(name) != text for name, text in columns.items())
+        no_weights = run.experiment == "digits" and not (out / "gpt_digits.pt").exists()
+        if other_config or no_weights:
+            missing.append(run)
+    return missing
+
+
+def train_missing(
+    out: Path, data_dir: Path, workers: int, device: str, checkpoints: Path, smoke: bool
+) -> None:
+    """Train what is missing, `workers` runs at a time; save each as it ends."""
+    todo = missing_runs(out, smoke)
+    n_runs = len(runs_of(smoke))
+    print(f"training: {n_runs - len(todo)} of {n_runs} runs found, {len(todo)} to do", flush=True)
+    jobs = [joblib.delayed(execute)(run, data_dir, device, checkpoints, out) for run in todo]
+    parallel = joblib.Parallel(min(workers, max(1, len(todo))), return_as="generator_unordered")
+    order = list(dict.fromkeys((run.experiment, run.value) for run in runs_of(smoke)))
+    for tables in parallel(jobs):
+        metrics.replace_rows(out, tables, order)
+        row = tables["gpt_runs"][0]
+        name = f"{row['experiment']} {row['value']}, seed {row['seed']}"
+        found = f"{row['val_nats_given_class']:.2f} nats an image given its class (validation)"
+        print(f"saved: {name}, {row['seconds'] / 60:.1f} minutes, {found}", flush=True)
+
+
+# ---- Writing --------------------------------------------------------------------------------
+
+
+class CachedStep:
+    """A `step` for interview.decoding that reads each token once: tokens (B, T) -> (B, 16).
+
+    Each call must go on with the rows of the last one: not for a beam, which changes them.
+    """
+
+    def __init__(self, model: GPT, batch: int):
+        self.model = model
+        self.caches = model.caches(batch)
+
+    @torch.no_grad()
+    def __call__(self, tokens: Tensor) -> Tensor:
+        n_read = self.caches[0].length
+        return self.model(tokens[:, n_read:], self.caches)[:, -1]
+
+
+class UncachedStep:
+    """The same, reading all tokens again each time."""
+
+    def __init__(self, model: GPT):
+        self.model = model
+
+    @torch.no_grad()
+    def __call__(self, tokens: Tensor) -> Tensor:
+        return self.model(tokens)[:, -1]
+
+
+def write(model: GPT, labels: Tensor, choose: Callable) -> Tensor:
+    """Digits of these classes (B,), each patch by choose(logits (B, 16)) -> (B,): (B, 196)."""
+    check_classes(labels)
+    step = CachedStep(model, len(labels))
+    return decoding.generate(step, class_tokens(labels), model.config.n_tokens, choose)[:, 1:]
+
+
+def sampled(model: GPT, labels: Tensor, seed: int = 0, **options) -> Tensor:
+    """`write` by decoding.sample with its options: (B, 196)."""
+    generator = torch.Generator(labels.device).manual_seed(seed)
+
+    def choose(logits: Tensor) -> Tensor:
+        return decoding.sample(logits, generator=generator, **options)
+
+    return write(model, labels, choose)
+
+
+def best_of_beam(model: GPT, label: int, width: int) -> Tensor:
+    """The hypotheses that a beam search of this width ends with, best first: (width, 196)."""
+    start = class_tokens(torch.tensor([label], device=model.places.device))
+    step = UncachedStep(model)
+    sequences, _ = decoding.beam_search(step, start, model.config.n_tokens, width)
+    return sequences[:, 1:]
+
+
+# ---- Measured: the likelihood beside published ones ------------------------------------------
+
+PUBLISHED = {  # −log p(x) of binarised MNIST's test images, as van den Oord et al. 2016 list them
+    "NADE (Larochelle and Murray 2011)": 88.33,
+    "MADE (Germain et al. 2015)": 86.64,
+    "EoNADE, 2 hidden layers, 128 orderings (Uria et al. 2014)": 84.68,
+    "PixelCNN (van den Oord et al. 2016)": 81.30,
+    "Diagonal BiLSTM, 7 layers (van den Oord et al. 2016)": 79.20,
+}
+
+
+def measure_nats(model: GPT, digits: dict[str, Digits], n_judged: int, device: str) -> list[dict]:
+    """Rows of gpt_nats.csv: validation and test images, by the weights as they are saved."""
+    prior = class_shares(digits["train"].labels)
+    rows = []
+    for part in ("val", "test"):
+        tokens, labels = digits[part].first(n_judged)
+        log_p = log_likelihood_of_classes(model, tokens)
+        row = {"experiment": "digits", "value": part} | nats(log_p, labels, prior)
+        rows.append(row | stage1_mlp.origin_of_rows(device))
+        print(f"  {part}: {row['nats']:.2f} nats an image", flush=True)
+    return rows
+
+
+def nats_table(rows: pd.DataFrame, parameters: int) -> str:
+    """Markdown: this model's test images beside the published numbers."""
+    row = rows[rows["value"] == "test"].iloc[0]
+    error = f"± {row['standard_error']:.2f}"
+    ours = f"this GPT, {parameters:,} parameters"
+    lines = [
+        {"model": name, "nats an image": f"{number:.2f}", "binarisation": "fixed"}
+        for name, number in PUBLISHED.items()
+    ]
+    lines.append({"model": ours, "nats an image": f"{row['nats']:.2f} {error}"})
+    lines.append({"model": f"{ours}, given the class"})
+    lines[-1]["nats an image"] = f"{row['nats_given_class']:.2f}"
+    for line in lines[-2:]:
+        line["binarisation"] = "drawn once"
+    return metrics.markdown(lines)
+
+
+# ---- Measured: what each way of choosing gives and takes --------------------------------------
+
+
+@dataclass(frozen=True)
+class Measures:
+    """How much --evaluate measures."""
+
+    n_digits: int = 100  # written of each class
+    width: int = 10  # of the beam
+    n_timed: int = 512  # digits written at a time, on a GPU
+    n_timed_on_cpu: int = 16
+    repeats: int = 2
+    n_judged: int = 10_000  # validation and test images
+
+
+SMOKE = Measures(n_digits=2, width=2, n_timed=2, n_timed_on_cpu=2, repeats=1, n_judged=20)
+STRATEGIES = {  # name -> options of decoding.sample
+    "temperature 1": {},
+    "temperature 0.7": {"temperature": 0.7},
+    "top-k, k = 3": {"top_k": 3},
+    "top-p, p = 0.9": {"top_p": 0.9},
+}
+
+
+def written_by_each(model: GPT, measures: Measures) -> dict[str, Digits]:
+    """What each strategy writes, the classes in turn: {strategy: patches (N, 196) and classes}.
+
+    Greedy has one digit a class to give; of a beam search all hypotheses of its end are taken.
+    """
+    device = model.places.device
+    classes = torch.arange(N_CLASSES, device=device)
+    written = {"greedy": Digits(write(model, classes, decoding.likeliest), classes)}
+    beams = [best_of_beam(model, label, measures.width) for label in range(N_CLASSES)]
+    name = f"beam search, width {measures.width}"
+    labels = classes.repeat(measures.width)
+    written[name] = Digits(torch.stack(beams, 1).flatten(0, 1), labels)
+    labels = classes.repeat(measures.n_digits)
+    for seed, (name, options) in enumerate(STRATEGIES.items()):
+        written[name] = Digits(sampled(model, labels, seed, **options), labels)
+        print(f"  written by {name}", flush=True)
+    return written
+
+
+def diversity(digits: Digits) -> float:
+    """Mean share of pixels in which two digits of a class differ, over all pairs of the class.
+
+    Of n images a pixel is ink in a share m. Then of the n² ordered pairs a share 2 m (1 − m)
+    differs there, of the n (n − 1) with two different images n / (n − 1) times as many. nan if a
+    class has one image alone.
+    """
+    shares = []
+    for label in digits.labels.unique():
+        pixels = pixels_of(digits.images[digits.labels == label])  # (n, 28, 28)
+        n = len(pixels)
+        if n < 2:
+            return math.nan
+        m = pixels.double().mean(0)
+        shares.append((2 * m * (1 - m)).mean().item() * n / (n - 1))
+    return float(np.mean(shares))
+
+
+def read_as_asked(cnn: nn.Module | None, digits: Digits) -> float:
+    """Share of digits that the CNN reads as the class they were asked for; nan without a CNN."""
+    if cnn is None:
+        return math.nan
+    images = stage1_mlp.normalised(255 * pixels_of(digits.images).cpu())
+    with torch.no_grad():
+        read = InParts(cnn)(images).argmax(1)
+    return (read == digits.labels.cpu()).double().mean().item()
+
+
+def measure_strategies(
+    model: GPT, test: Digits, cnn: nn.Module | None, measures: Measures, device: str
+) -> dict[str, list[dict]]:
+    """Rows of gpt_decoding.csv, and of gpt_digits.csv: the first ten digits of each class."""
+    strategies = {"real test digits": test.first(measures.n_judged)}
+    strategies |= written_by_each(model, measures)
+    rows = []
+    examples = []
+    for name, digits in strategies.items():
+        key = {"experiment": "digits", "value": name}
+        row = key | {"digits": len(digits.labels), "read_as_asked": read_as_asked(cnn, digits)}
+        row["diversity"] = diversity(digits)
+        row["nats_given_class"] = -log_likelihood(model, *digits).mean().item()
+        rows.append(row | stage1_mlp.origin_of_rows(device))
+        for label in range(N_CLASSES):
+            of_class = digits.images[digits.labels == label]
+            examples += [key | {"label": label, "patches": hex_of(x)} for x in of_class[:10]]
+    return {"gpt_decoding": rows, "gpt_digits": examples}
+
+
+def hex_of(patches: Tensor) -> str:
+    """Patches (196,) as text, a digit of 0 … f each."""
+    return "".join(f"{patch:x}" for patch in patches.tolist())
+
+
+def patches_of(texts: list[str]) -> Tensor:
+    """`hex_of` backwards: (N, 196)."""
+    return torch.tensor([[int(letter, 16) for letter in text] for text in texts])
+
+
+# ---- Measured: the cache --------------------------------------------------------------------
+
+
+def measure_speed(measures: Measures, device: str, smoke: bool) -> list[dict]:
+    """Rows of gpt_speed.csv: tokens a second with a cache and without, for 8, 2 and 1 heads of it.
+
+    The weights are random, as the time does not depend on them; timed in turn.
+    """
+    config = replace(MAIN, n_heads=8)
+    config = smoke_config(config) if smoke else config
+    batch = measures.n_timed_on_cpu if device == "cpu" else measures.n_timed
+    labels = torch.arange(batch, device=device) % N_CLASSES
+    models = {n: GPT(replace(config, n_kv_heads=n)).to(device).eval() for n in (8, 2, 1)}
+    works = {}
+    for n, model in models.items():
+        for cached in (True, False):
+            works[n, cached] = Writing(model, labels, cached)
+            works[n, cached](2)  # the first call of a size is slow
+    seconds = seconds_in_turn(works, measures.repeats)
+    rows = []
+    for n, name in ((8, "MHA"), (2, "GQA"), (1, "MQA")):
+        row = {"experiment": "speed", "value": name, "n_kv_heads": n, "batch": batch}
+        tokens = batch * config.n_tokens
+        row["cached_tokens_a_second"] = tokens / seconds[n, True]
+        row["uncached_tokens_a_second"] = tokens / seconds[n, False]
+        row["ratio"] = seconds[n, False] / seconds[n, True]
+        row["cache_megabytes"] = sum(cache.nbytes for cache in models[n].caches(batch)) / 1e6
+        row["weight_megabytes"] = 4 * n_parameters(models[n]) / 1e6
+        rows.append(row | stage1_mlp.origin_of_rows(device))
+    return rows
+
+
+class Writing(NamedTuple):
+    """A call without arguments that writes digits greedily, for the clock."""
+
+    model: GPT
+    labels: Tensor
+    cached: bool
+
+    def __call__(self, n: int = 0) -> None:
+        """n patches of each, or whole digits; .cpu() waits for a GPU."""
+        step = UncachedStep(self.model)
+        if self.cached:
+            step = CachedStep(self.model, len(self.labels))
+        n = n or self.model.config.n_tokens
+        decoding.greedy(step, class_tokens(self.labels), n).cpu()
+
+
+def seconds_in_turn(works: dict, repeats: int) -> dict:
+    """Median seconds of each call, in turn: what else the machine does falls on all alike."""
+    seconds = {name: [] for name in works}
+    for _ in range(repeats):
+        for name, work in works.items():
+            start = time.perf_counter()
+            work()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: float(np.median(found)) for name, found in seconds.items()}
+
+
+def evaluate_all(
+    out: Path, data_dir: Path, cnn_path: Path, device: str, smoke: bool = False
+) -> None:
+    """Measure and save gpt_nats.csv, gpt_decoding.csv, gpt_digits.csv and gpt_speed.csv."""
+    measures = SMOKE if smoke else Measures()
+    print(f"measuring on {stage1_mlp.device_name(device)}", flush=True)
+    model = load_weights(out / "gpt_digits.pt", device)
+    digits = load_digits(data_dir, device)
+    cnn = None
+    if cnn_path.exists():
+        cnn = load_cnn(cnn_path)
+    else:
+        print(f"  no CNN at {cnn_path}: python -m interview.convolution --train; until then")
+        print("  nobody reads the digits")
+    tables = {"gpt_nats": measure_nats(model, digits, measures.n_judged, device)}
+    save_tables(out, tables)
+    save_tables(out, measure_strategies(model, digits["test"], cnn, measures, device))
+    save_tables(out, {"gpt_speed": measure_speed(measures, device, smoke)})
+
+
+def save_tables(out: Path, tables: dict[str, list[dict]]) -> None:
+    for name, rows in tables.items():
+        metrics.save_rows(out / f"{name}.csv", pd.DataFrame(rows).map(metrics.cell_text))
+
+
+# ---- Shown ----------------------------------------------------------------------------------
+
+# a patch [a b / c d] as a letter, in the order of its number 8a + 4b + 2c + d
+LETTERS = " ▗▖▄▝▐▞▟▘▚▌▙▀▜▛█"
+
+
+def as_text(patches: Tensor) -> str:
+    """Digits (N, 196) side by side in a terminal: 14 lines, a letter a patch."""
+    grids = patches.view(-1, GRID, GRID).tolist()
+    lines = []
+    for row in range(GRID):
+        lines.append("  ".join("".join(LETTERS[patch] for patch in grid[row]) for grid in grids))
+    return "\n".join(lines)
+
+
+def draw_digits(path: Path, rows: pd.DataFrame, n_each: int = 2) -> None:
+    """A row of images for each strategy: n_each digits of every class."""
+    strategies = list(dict.fromkeys(rows["value"]))
+    title = "Digits as each strategy writes them, and real ones"
+    height = 0.8 * len(strategies) + 0.8
+    with metrics.picture(path, title, len(strategies), width=14, height=height) as panels:
+        for axes, name in zip(panels, strategies, strict=True):
+            found = rows[rows["value"] == name].groupby("label").head(n_each)
+            found = found.sort_values("label", kind="stable")
+            images = pixels_of(patches_of(found["patches"].tolist()))  # (N, 28, 28)
+            strip = torch.nn.functional.pad(images, (2, 2, 2, 2)).permute(1, 0, 2).flatten(1)
+            axes.imshow(strip.numpy(), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
+            axes.set(xticks=[], yticks=[])
+            axes.grid(False)
+            axes.spines[:].set_visible(False)
+            axes.set_ylabel(name, rotation=0, ha="right", va="center")
+
+
+def draw_course(path: Path, history: pd.DataFrame) -> None:
+    """Nats an image during training."""
+    title = "The GPT learns to write: nats an image, given its class"
+    with metrics.picture(path, f"{title}\n(lower is better)", width=10) as axes:
+        names = {"train_nats": "training images, dropout on", "val_nats": "1,000 validation images"}
+        for (column, name), color in zip(names.items(), metrics.COLORS, strict=False):
+            metrics.draw_line(axes, history, "epoch", column, color=color, label=name)
+        axes.set(xlabel="epochs", ylabel="−log p(x | class) (nats)")
+        last = history["val_nats"].iloc[-1]
+        axes.set_ylim(last - 5, last + 45)  # the end is what matters, not the first fall
+        metrics.legend_beside(axes)
+
+
+def kv_heads_table(runs: pd.DataFrame) -> str:
+    """Markdown: a line a number of key/value heads; differences are of runs with the same seed."""
+    nats_of = runs.pivot_table("val_nats_given_class", "seed", "value")
+    lines = []
+    for value, rows in runs.groupby("value", sort=False):
+        found = metrics.summarise(rows["val_nats_given_class"])
+        more = metrics.summarise((nats_of[value] - nats_of["8"]).dropna())
+        line = {"key/value heads": value, "nats an image": str(found)}
+        interval = f" ± {more.half:.2f}" if more.n > 1 else ""
+        line["more than 8 heads"] = "–" if value == "8" else f"{more.mean:.2f}{interval}"
+        line["parameters"] = f"{rows['parameters'].iloc[0]:,.0f}"
+        line["cache, kB an image"] = f"{rows['cache_bytes'].iloc[0] / 1000:.0f}"
+        lines.append(line | {"n": str(found.n)})
+    return metrics.markdown(lines)
+
+
+def draw_kv_heads(path: Path, runs: pd.DataFrame, history: pd.DataFrame) -> None:
+    """Validation nats of each number of key/value heads, at the end and during training."""
+    colors = metrics.colors_of(list(dict.fromkeys(runs["value"])), ordered=True)
+    steps = history["step"].max()
+    title = f"What does sharing keys and values cost? 8 query heads, {steps:,} steps"
+    spread = f"{runs['seed'].nunique()} seeds: 95 % t interval left, range right"
+    size = {"n_columns": 2, "width": 13, "height": 5}
+    with metrics.picture(path, f"{title}\n({spread})", **size) as (left, right):
+        metrics.draw_points(left, runs, "value", "val_nats_given_class", colors)
+        left.set(xlabel="key/value heads", ylabel="validation nats an image, given its class")
+        for value, rows in history.groupby("value", sort=False):
+            style = {"color": colors[value], "label": value, "errorbar": ("pi", 100)}
+            metrics.draw_line(right, rows, "step", "val_nats", marker="o", **style)
+        right.set(xlabel="training step", ylabel="nats of 1,000 validation images")
+        metrics.log_scale(right.yaxis, history["val_nats"])
+        metrics.legend_beside(right, "key/value heads")
+
+
+def strategies_table(rows: pd.DataFrame) -> str:
+    """Markdown: what each strategy gives and takes."""
+    lines = []
+    for row in rows.to_dict("records"):
+        line = {"digits of": row["value"], "n": f"{row['digits']:,}"}
+        line["read as asked %"] = percent(row["read_as_asked"])
+        line["pixels in which two differ %"] = percent(row["diversity"])
+        lines.append(line | {"nats given the class": f"{row['nats_given_class']:.2f}"})
+    return metrics.markdown(lines)
+
+
+def percent(share: float) -> str:
+    return "–" if math.isnan(share) else f"{100 * share:.1f}"
+
+
+def speed_table(rows: pd.DataFrame) -> str:
+    """Markdown: tokens a second with and without a cache."""
+    lines = []
+    for row in rows.to_dict("records"):
+        line = {"attention": f"{row['value']}, {row['n_kv_heads']} key/value heads of 8"}
+        line["with cache, tokens/s"] = f"{row['cached_tokens_a_second']:,.0f}"
+        line["without, tokens/s"] = f"{row['uncached_tokens_a_second']:,.0f}"
+        line["times as fast"] = f"{row['ratio']:.1f}"
+        lines.append(line | {"cache, MB": f"{row['cache_megabytes']:.0f}"})
+    return metrics.markdown(lines)
+
+
+def show_runs(out: Path) -> None:
+    """Tables and pictures of the trainings."""
+    runs = metrics.load_rows(out / "gpt_runs.csv")
+    history = metrics.load_rows(out / "gpt_history.csv")
+    main_history = history[history["experiment"] == "digits"]
+    if len(main_history):
+        draw_course(out / "gpt_course.png", main_history)
+    shared = runs[runs["experiment"] == "key/value heads"]
+    if len(shared):
+        shared_history = history[history["experiment"] == "key/value heads"]
+        draw_kv_heads(out / "gpt_kv_heads.png", shared, shared_history)
+        table = kv_heads_table(shared)
+        (out / "gpt_kv_heads.md").write_text(table + "\n", encoding="utf-8")
+        steps = shared_history["step"].max()
+        print(f"\nFewer key/value heads, {steps:,} steps; validation nats given the class, mean ±")
+        print("std of n seeds; differences with their 95 % t interval, of equal seeds:")
+        print(table)
+        print("It does not show what sharing costs at equal size (fewer heads are fewer weights),")
+        print("in a longer training, or in a large model.")
+
+
+def show_measures(out: Path, parameters: int) -> None:
+    """Tables and pictures of what --evaluate measured."""
+    found = metrics.load_rows(out / "gpt_nats.csv")
+    tables = {}
+    if len(found):
+        tables["nats"] = nats_table(found, parameters)
+        print("\nTest images of binarised MNIST, −log p(x), lower is better:")
+        print(tables["nats"])
+        print("The binarisation is not the same: the published models were trained and judged on")
+        print("one fixed draw of all pixels; here training images are drawn anew in each epoch,")
+        print("test images once. So a difference of a few tenths says nothing.")
+    strategies = metrics.load_rows(out / "gpt_decoding.csv")
+    if len(strategies):
+        tables["decoding"] = strategies_table(strategies)
+        print("\nWhat each strategy gives and takes (the CNN of convolution.py reads):")
+        print(tables["decoding"])
+        draw_digits(out / "gpt_digits.png", metrics.load_rows(out / "gpt_digits.csv"))
+    speed = metrics.load_rows(out / "gpt_speed.csv")
+    if len(speed):
+        tables["speed"] = speed_table(speed)
+        row = speed.iloc[0]
+        batch = f"{row['batch']} digits at a time, {row['device']}"
+        print(f"\nWritten with the cache and without, {batch}:")
+        print(tables["speed"])
+    for name, table in tables.items():
+        (out / f"gpt_{name}.md").write_text(table + "\n", encoding="utf-8")
+    if not tables:
+        print("\nNothing is measured yet: python -m interview.gpt --evaluate")
+
+
+def main(
+    train: bool = False,
+    evaluate: bool = False,
+    workers: int = 1,
+    smoke: bool = False,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    out: Path = FIGURES,
+    cnn: Path | None = None,
+    checkpoints: Path = CHECKPOINTS,
+    data_dir: Path = ROOT / "data",
+) -> int:
+    """Show a GPT write digits: what it learned, how it is decoded, what its cache saves.
+
+    Args:
+        train: train first what is not saved yet; a command started again goes on.
+        evaluate: measure the tables again.
+        workers: runs that are trained at the same time, each on one thread.
+        smoke: tiny networks and few images, to see that everything runs.
+        device: what trains and measures; auto takes a GPU if there is one.
+        out: the folder that tables, pictures and weights go to and are read from.
+        cnn: weights of convolution.py's network for MNIST; if not named, those in `out`.
+        checkpoints: the folder for what an unfinished run needs to go on.
+        data_dir: the folder that holds MNIST/raw.
+    """
+    print("GPT: a causal transformer writes digits, patch by patch; half a minute from what is")
+    print("saved; --train and --evaluate take six minutes on a large GPU, days on a CPU")
+    torch.set_num_threads(1)
+    weights = out / "gpt_digits.pt"
+    try:
+        with stage1_mlp.claimed(out):
+            if device == "auto":  # Apple's GPUs have no float64
+                device = "cuda" if torch.cuda.is_available() else "cpu"
+            device = stage1_mlp.device_of(device)
+            if train:
+                train_missing(out, data_dir, workers, device, checkpoints, smoke)
+            if not weights.exists():
+                print("\nNo trained network yet: python -m interview.gpt --train")
+                return 0
+            if evaluate:
+                evaluate_all(
+                    out, data_dir, cnn or file_of(out, "cnn", "MNIST", ".pt"), device, smoke
+                )
+            model = load_weights(weights)
+            print("\nFive digits, written now at temperature 1:")
+            print(as_text(sampled(model, torch.tensor([3, 1, 4, 1, 5]))))
+            show_runs(out)
+            show_measures(out, n_parameters(model))
+    except (stage1_mlp.DataError, ValueError, OSError) as error:
+        print(f"interview.gpt: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nstopped; finished runs are saved, the same command goes on", file=sys.stderr)
+        return 130
+    print(f"\ntables and pictures: {out}/gpt_*")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(tyro.cli(main))
