@@ -831,8 +831,8 @@ def evaluate_all(
     if cnn_path.exists():
         cnn = load_cnn(cnn_path)
     else:
-        print(f"  no CNN at {cnn_path}: python -m interview.convolution --train; until then")
-        print("  nobody reads the digits")
+        hint = "python -m interview.convolution --train, or name one by --cnn"
+        print(f"  no CNN at {cnn_path}, so nobody reads the digits: {hint}", flush=True)
     tables = {"gpt_nats": measure_nats(model, digits, measures.n_judged, device)}
     save_tables(out, tables)
     save_tables(out, measure_strategies(model, digits["test"], cnn, measures, device))
@@ -1031,6 +1031,8 @@ def main(
     torch.set_num_threads(1)
     weights = out / "gpt_digits.pt"
     try:
+        if smoke and out == FIGURES:
+            raise ValueError(f"--smoke would write over {out}: name another folder by --out")
         with stage1_mlp.claimed(out):
             if device == "auto":  # Apple's GPUs have no float64
                 device = "cuda" if torch.cuda.is_available() else "cpu"
