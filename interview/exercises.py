@@ -29,6 +29,7 @@ LAYERS = "Layers (网络层)"
 CONVOLUTION = "Convolution (卷积)"
 RECURRENT = "Recurrent networks (循环神经网络)"
 ATTENTION = "Attention (注意力)"
+DECODING = "Decoding and language models (解码与语言模型)"
 OPTIMIZERS = "Optimizers (优化器)"
 CLASSICAL = "Classical machine learning (经典机器学习)"
 PUZZLES = "Small programs (小题)"
@@ -39,6 +40,7 @@ TOPICS = (
     CONVOLUTION,
     RECURRENT,
     ATTENTION,
+    DECODING,
     OPTIMIZERS,
     CLASSICAL,
     PUZZLES,
@@ -1650,6 +1652,303 @@ def kv_cache_cases():
         expected["keys of an append after reset"] = tokens[0][0]
         inputs = {"sizes": (B, G, d), "capacity": capacity, "tokens": tokens}
         yield Case(what, inputs, expected, appended)
+
+
+# ---- Decoding -------------------------------------------------------------------------------
+
+
+def table_step(V: int, seed: int = 0):
+    """A step(tokens (B, T)) -> logits (B, V) that knows the last two tokens, at random."""
+    table = draw(V, V, V, seed=seed, scale=2)
+
+    def step(tokens: Tensor) -> Tensor:
+        before = tokens[:, -2] if tokens.shape[1] > 1 else torch.zeros_like(tokens[:, -1])
+        return table[before, tokens[:, -1]]
+
+    return step
+
+
+def scored_continuations(step, start: Tensor, n: int, eos=None, length_penalty=0.0):
+    """Every continuation of start (1, T) by n tokens with its score, best first: brute force.
+
+    After eos only eos follows; length counts up to the first eos.
+    """
+    V = step(start).shape[1]
+    found = []
+    for tokens in itertools.product(range(V), repeat=n):
+        sequence = start
+        score = 0.0
+        length = 0
+        for token in tokens:
+            is_over = eos is not None and sequence[0, -1].item() == eos
+            if is_over and token != eos:
+                break
+            if not is_over:
+                score += F.log_softmax(step(sequence).double(), 1)[0, token].item()
+                length += 1
+            sequence = torch.cat([sequence, torch.tensor([[token]])], 1)
+        else:
+            found.append((score / max(length, 1) ** length_penalty, score, sequence[0]))
+    found.sort(key=lambda entry: -entry[0])
+    sequences = torch.stack([sequence for _, _, sequence in found])
+    return sequences, torch.tensor([score for _, score, _ in found], dtype=torch.float64)
+
+
+@exercise(
+    "interview/decoding.py",
+    "temperature",
+    DECODING,
+    1,
+    "Write temperature. What do 0.5 and 2 do to a distribution?",
+    "手写温度采样的温度。0.5 和 2 分别怎样改变分布？",
+    (
+        "Stretch or shrink all differences between the logits. (拉大或缩小 logits 之差)",
+        "p_i ∝ exp(z_i / t): below 1 the likely ones gain, above 1 the others",
+        "return logits / t",
+    ),
+)
+def temperature_cases():
+    logits = draw(3, 5, seed=1)
+    for t in (0.5, 1.0, 3.0):
+        yield Case(f"t = {t}", {"logits": logits, "t": t}, logits.div(t))
+
+
+@exercise(
+    "interview/decoding.py",
+    "top_k",
+    DECODING,
+    1,
+    "Write top-k: only the k likeliest tokens may be drawn.",
+    "手写 top-k：只保留概率最大的 k 个词。",
+    (
+        "What may not be drawn gets −∞, which softmax makes 0. (置为 −∞)",
+        "keep exactly k of each row; of equal logits the first; all if k ≥ V",
+        "order = logits.argsort(dim=-1, descending=True, stable=True)",
+    ),
+)
+def top_k_cases():
+    def kept(logits: Tensor, k: int) -> Tensor:
+        rows = []
+        for row in logits.tolist():
+            order = sorted(range(len(row)), key=lambda i: -row[i])[:k]  # stable
+            rows.append([z if i in order else -math.inf for i, z in enumerate(row)])
+        return torch.tensor(rows, dtype=logits.dtype)
+
+    logits = draw(3, 5, seed=1)
+    ties = torch.tensor([[1.0, 2.0, 1.0, 1.0], [0.0, 0.0, 0.0, -math.inf]], dtype=torch.float64)
+    yield Case("k = 2", {"logits": logits, "k": 2}, kept(logits, 2))
+    yield Case("k = 1", {"logits": logits, "k": 1}, kept(logits, 1))
+    yield Case("k above V", {"logits": logits, "k": 9}, logits.clone())
+    yield Case("equal logits", {"logits": ties, "k": 2}, kept(ties, 2))
+
+
+@exercise(
+    "interview/decoding.py",
+    "top_p",
+    DECODING,
+    2,
+    "Write top-p (nucleus): only the smallest set that reaches probability p may be drawn.",
+    "手写 top-p（核采样）：只保留累计概率达到 p 的最小集合。",
+    (
+        "Sort, add up, and stop with the token that crosses p: it belongs to the set. "
+        "(越过 p 的那个词要保留)",
+        "a token stays if the sum of all likelier ones is below p",
+        "order = logits.argsort(dim=-1, descending=True, stable=True)",
+    ),
+)
+def top_p_cases():
+    def kept(logits: Tensor, p: float) -> Tensor:
+        result = torch.full_like(logits, -math.inf)
+        for row, out in zip(logits, result, strict=True):
+            probabilities = F.softmax(row, 0).tolist()
+            total = 0.0
+            for i in sorted(range(len(row)), key=lambda i: -probabilities[i]):
+                if total >= p:
+                    break
+                out[i] = row[i]
+                total += probabilities[i]
+        return result
+
+    logits = draw(4, 6, seed=1, scale=2)
+    sure = torch.tensor([[0.0, 5.0, 1.0]], dtype=torch.float64)
+    for p in (0.3, 0.75):
+        yield Case(f"p = {p}", {"logits": logits, "p": p}, kept(logits, p))
+    yield Case("p = 1 keeps all", {"logits": logits, "p": 1.0}, logits.clone())
+    yield Case("never empty", {"logits": sure, "p": 0.5}, kept(sure, 0.5))
+
+
+def frequencies(solution, logits, **options) -> Tensor:
+    """How often each token comes in 20,000 draws from one row (V,)."""
+    torch.manual_seed(0)
+    drawn = solution(logits.expand(20_000, -1), **options)
+    if not isinstance(drawn, Tensor) or drawn.shape != (20_000,):
+        raise Mismatch("a tensor (B,) must come back")
+    return torch.bincount(drawn, minlength=len(logits)).double() / 20_000
+
+
+@exercise(
+    "interview/decoding.py",
+    "sample",
+    DECODING,
+    2,
+    "Draw a token from logits, with temperature, top-k and top-p.",
+    "由 logits 采样一个词，支持温度、top-k、top-p。",
+    (
+        "Filter the logits, then softmax, then draw: the filters before, never after. "
+        "(先过滤，再 softmax)",
+        "temperature, top-k, top-p in this order; argmax(p / E) with E ~ Exp(1) draws from p",
+        "logits = logits / temperature",
+    ),
+)
+def sample_cases():
+    logits = torch.tensor([0.3, -0.5, 1.2, 0.9, -2.0], dtype=torch.float64)
+    likely = torch.tensor([0, 0, 1, 1, 0], dtype=torch.bool)
+    use = frequencies
+    near = {"tolerance": 0.02}  # of 20,000 draws a share is within 0.014, but once in 10,000
+    for what, options, expected in (
+        ("as the model says", {}, F.softmax(logits, 0)),
+        ("temperature 0.5", {"temperature": 0.5}, F.softmax(logits / 0.5, 0)),
+        ("top-k, k = 2", {"top_k": 2}, F.softmax(logits.masked_fill(~likely, -math.inf), 0)),
+        ("top-p, p = 0.6", {"top_p": 0.6}, F.softmax(logits.masked_fill(~likely, -math.inf), 0)),
+    ):
+        yield Case(what, {"logits": logits} | options, expected, use, **near)
+
+
+@exercise(
+    "interview/decoding.py",
+    "greedy",
+    DECODING,
+    1,
+    "Write greedy decoding of a batch, with an end token. When is it good enough?",
+    "手写批量贪心解码，支持结束符。什么时候够用？",
+    (
+        "Take the likeliest, append it, ask again; what has ended gets only eos. (结束后只补 eos)",
+        "next = argmax step(tokens), or eos where the last token is eos",
+        "following = step(tokens).argmax(-1)",
+    ),
+)
+def greedy_cases():
+    def one_by_one(step, start, n, eos=None) -> Tensor:
+        rows = []
+        for row in start:
+            row = row.tolist()
+            for _ in range(n):
+                is_over = eos is not None and row[-1] == eos
+                logits = step(torch.tensor([row]))[0].tolist()
+                row.append(eos if is_over else logits.index(max(logits)))
+            rows.append(row)
+        return torch.tensor(rows)
+
+    start = torch.tensor([[0, 1], [2, 3], [4, 4]])
+    for what, n, eos in (("no end token", 7, None), ("token 1 ends", 7, 1), ("no step", 0, None)):
+        inputs = {"step": table_step(5), "start": start, "n": n, "eos": eos}
+        yield Case(what, inputs, one_by_one(**inputs))
+
+
+def beam_found(solution, **inputs) -> dict:
+    return numbers_of(solution(**inputs), ("sequences", "scores"))
+
+
+@exercise(
+    "interview/decoding.py",
+    "beam_search",
+    DECODING,
+    3,
+    "Write beam search. What is the length penalty for?",
+    "手写 beam search。长度惩罚有什么用？",
+    (
+        "Keep the best beginnings, extend each by every token, keep the best again. "
+        "(每步保留最好的 width 个)",
+        "score = Σ log p; rank by score / length^α; a hypothesis that ended adds eos for nothing",
+        "candidates = scores[:, None] + F.log_softmax(step(sequences).double(), 1)  # (W, V)",
+    ),
+)
+def beam_search_cases():
+    start = torch.tensor([[2, 1]])
+    for what, options in (
+        ("full width finds the best of all", {}),
+        ("full width, token 0 ends", {"eos": 0}),
+        ("full width, token 0 ends, length penalty 1", {"eos": 0, "length_penalty": 1.0}),
+    ):
+        inputs = {"step": table_step(4, seed=3), "start": start, "n": 3} | options
+        sequences, scores = scored_continuations(**inputs)
+        expected = {"sequences": sequences, "scores": scores}
+        yield Case(what, inputs | {"width": 64}, expected, beam_found)
+    step = table_step(5, seed=4)
+    sequence = start
+    total = 0.0
+    for _ in range(6):
+        log_p = F.log_softmax(step(sequence), 1)[0]
+        total += log_p.max().item()
+        sequence = torch.cat([sequence, log_p.argmax().view(1, 1)], 1)
+    expected = {"sequences": sequence, "scores": torch.tensor([total], dtype=torch.float64)}
+    inputs = {"step": step, "start": start, "n": 6, "width": 1}
+    yield Case("width 1 is greedy", inputs, expected, beam_found)
+
+
+@exercise(
+    "interview/gpt.py",
+    "tokens_of",
+    DECODING,
+    1,
+    "Cut binary images into patches of 2 × 2, each a token of 0 … 15.",
+    "把二值图像切成 2 × 2 的小块，每块是 0 … 15 的一个词。",
+    (
+        "Split both axes into (patch, pixel in it); a patch's pixels are the digits of a binary "
+        "number. (二进制)",
+        "a patch [a b / c d] is 8a + 4b + 2c + d; patches row by row",
+        "rows = pixels.long().view(-1, 14, 2, 14, 2)",
+    ),
+)
+def tokens_of_cases():
+    def patch_by_patch(pixels: Tensor) -> Tensor:
+        images = pixels.view(-1, 28, 28).int().tolist()
+        found = []
+        for image in images:
+            for y, x in itertools.product(range(0, 28, 2), repeat=2):
+                bits = [*image[y][x : x + 2], *image[y + 1][x : x + 2]]
+                found.append(int("".join(map(str, bits)), 2))
+        return torch.tensor(found).view(len(images), 196)
+
+    pixels = (draw(3, 784, seed=5) > 0.3).double()
+    yield Case("three images", {"pixels": pixels}, patch_by_patch(pixels))
+    yield Case("of bool", {"pixels": pixels[:2].bool()}, patch_by_patch(pixels[:2]))
+
+
+@exercise(
+    "interview/gpt.py",
+    "next_patch_loss",
+    DECODING,
+    2,
+    "The loss of a causal language model: what is read, and what is the target?",
+    "因果语言模型的损失：输入是什么，目标是什么？",
+    (
+        "Read the start and all tokens but the last; the targets are all tokens. (错开一位)",
+        "mean over B and t of −log p(x_t | class, x_1 … x_{t−1}); class c is token 16 + c",
+        "read = torch.cat([16 + labels[:, None], tokens[:, :-1]], 1)",
+    ),
+)
+def next_patch_loss_cases():
+    table = draw(26, 26, 16, seed=6).float()  # of the first token and of the last one read
+
+    def model(read: Tensor) -> Tensor:
+        return table[read[:, :1], read]
+
+    for B, T in ((1, 1), (2, 5), (3, 4)):
+        tokens = labels(B * T, 16, seed=7).view(B, T)
+        classes = labels(B, 10, seed=8)
+        total = 0.0
+        for row, c in zip(tokens.tolist(), classes.tolist(), strict=True):
+            last = 16 + c
+            for token in row:
+                total -= F.log_softmax(table[16 + c, last], 0)[token].item()
+                last = token
+        inputs = {"model": model, "tokens": tokens, "labels": classes}
+        yield Case(f"{B} sequences of {T}", inputs, total / (B * T), scalar, 1e-5)
+
+
+def scalar(solution, **inputs) -> float:
+    return float(solution(**inputs))
 
 
 # ---- Optimizers -----------------------------------------------------------------------------
