@@ -668,13 +668,16 @@ class Measures:
 
     n_digits: int = 100  # written of each class
     width: int = 10  # of the beam
+    n_beams: int = 10  # classes that are written by beam search
     n_timed: int = 512  # digits written at a time, on a GPU
     n_timed_on_cpu: int = 16
     repeats: int = 2
     n_judged: int = 10_000  # validation and test images
 
 
-SMOKE = Measures(n_digits=2, width=2, n_timed=2, n_timed_on_cpu=2, repeats=1, n_judged=20)
+SMOKE = Measures(
+    n_digits=2, width=2, n_beams=1, n_timed=2, n_timed_on_cpu=2, repeats=1, n_judged=20
+)
 STRATEGIES = {  # name -> options of decoding.sample
     "temperature 1": {},
     "temperature 0.7": {"temperature": 0.7},
@@ -691,9 +694,9 @@ def written_by_each(model: GPT, measures: Measures) -> dict[str, Digits]:
     device = model.places.device
     classes = torch.arange(N_CLASSES, device=device)
     written = {"greedy": Digits(write(model, classes, decoding.likeliest), classes)}
-    beams = [best_of_beam(model, label, measures.width) for label in range(N_CLASSES)]
+    beams = [best_of_beam(model, label, measures.width) for label in range(measures.n_beams)]
     name = f"beam search, width {measures.width}"
-    labels = classes.repeat(measures.width)
+    labels = classes[: measures.n_beams].repeat(measures.width)
     written[name] = Digits(torch.stack(beams, 1).flatten(0, 1), labels)
     labels = classes.repeat(measures.n_digits)
     for seed, (name, options) in enumerate(STRATEGIES.items()):
@@ -769,7 +772,7 @@ def measure_speed(measures: Measures, device: str, smoke: bool) -> list[dict]:
     The weights are random, as the time does not depend on them; timed in turn.
     """
     config = replace(MAIN, n_heads=8)
-    config = smoke_config(config) if smoke else config
+    config = replace(smoke_config(config), n_tokens=10) if smoke else config
     batch = measures.n_timed_on_cpu if device == "cpu" else measures.n_timed
     labels = torch.arange(batch, device=device) % N_CLASSES
     models = {n: GPT(replace(config, n_kv_heads=n)).to(device).eval() for n in (8, 2, 1)}
