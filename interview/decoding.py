@@ -433,7 +433,7 @@ def draw_filters(path: Path, model: Trigrams, n_shown: int = 20) -> None:
             probabilities = softmax(filtered(logits, **options))
             percent = 100 * torch.cat([probabilities[likely], probabilities.sum()[None]])
             percent[-1] -= percent[:-1].sum()
-            axes.bar(names, percent.numpy(), color=metrics.COLORS[0])
+            axes.bar(names, percent.numpy(), color=[metrics.COLORS[0]] * n_shown + ["0.6"])
             n_possible = int((probabilities > 0).sum())
             axes.set_title(f"{name}: {n_possible} words possible")
             axes.tick_params("x", rotation=90)

@@ -1,9 +1,9 @@
 """A GPT that writes digits: a causal transformer over the patches of MNIST images (手撕 GPT).
 
     python -m interview.gpt                  digits and tables from what is saved, half a minute
-    python -m interview.gpt --train          trains first what is not saved yet: days on a CPU; on
-                                             a GPU with --workers 4 about five minutes
-    python -m interview.gpt --evaluate       measures the tables again: a minute on a GPU
+    python -m interview.gpt --train          trains first what is not saved yet: days on a CPU,
+                                             minutes on a large GPU, with --workers 4
+    python -m interview.gpt --evaluate       measures the tables again: minutes on a GPU
     python -m interview.gpt --out DIR        the same into and from DIR
     python -m interview.gpt --smoke ...      tiny networks and few images: does everything run?
 
@@ -1030,7 +1030,7 @@ def main(
         data_dir: the folder that holds MNIST/raw.
     """
     print("GPT: a causal transformer writes digits, patch by patch; half a minute from what is")
-    print("saved; --train and --evaluate take six minutes on a large GPU, days on a CPU")
+    print("saved; --train and --evaluate take minutes on a large GPU, days on a CPU")
     torch.set_num_threads(1)
     weights = out / "gpt_digits.pt"
     try:
