@@ -862,8 +862,8 @@ def as_text(patches: Tensor) -> str:
     return "\n".join(lines)
 
 
-def draw_digits(path: Path, rows: pd.DataFrame, n_each: int = 2) -> None:
-    """A row of images for each strategy: n_each digits of every class."""
+def draw_digits(path: Path, rows: pd.DataFrame, n_each: int = 1) -> None:
+    """A row of images for each strategy: n_each digits of every class, as greedy has one alone."""
     strategies = list(dict.fromkeys(rows["value"]))
     title = "Digits as each strategy writes them, and real ones"
     height = 0.8 * len(strategies) + 0.8
