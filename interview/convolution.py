@@ -677,19 +677,21 @@ OTHERS = [  # data set, network, where its rows are: stage and experiment
 def scores_of_all(figures: Path, runs: pd.DataFrame) -> pd.DataFrame:
     """A row a run of stages 1 and 2 and of the CNN.
 
-    Columns: dataset, network, seed, parameters, minutes, percent (right on the test images).
+    Columns: dataset, network, seed, parameters, minutes, device (that it was trained on), percent
+    (right on the test images).
     """
+    columns = ["seed", "seconds", "parameters", "device"]
     tables = []
     for dataset, network, stage, experiment in OTHERS:
         rows = metrics.load_rows(figures / stage / "runs.csv")
         scores = metrics.load_rows(figures / stage / "test_metrics.csv")
         if rows.empty or scores.empty:
             continue
-        rows = rows.loc[rows["experiment"] == experiment, ["seed", "seconds", "parameters"]]
+        rows = rows.loc[rows["experiment"] == experiment, columns]
         scores = scores.loc[scores["experiment"] == experiment, ["seed", "accuracy"]]
         tables.append(rows.merge(scores, on="seed").assign(dataset=dataset, network=network))
     for dataset, rows in runs.groupby("experiment", sort=False):
-        rows = rows[["seed", "seconds", "parameters", "test_accuracy"]]
+        rows = rows[[*columns, "test_accuracy"]]
         rows = rows.rename(columns={"test_accuracy": "accuracy"})
         tables.append(rows.assign(dataset=dataset, network="CNN"))
     table = pd.concat(tables, ignore_index=True)
@@ -706,6 +708,7 @@ def comparison_table(scores: pd.DataFrame) -> str:
         line = {"images": dataset, "network": network.replace("\n", " ")}
         line["parameters"] = f"{rows['parameters'].iloc[0]:,.0f}"
         line["minutes a run"] = f"{rows['minutes'].mean():.1f}"
+        line["trained on"] = ", ".join(rows["device"].unique())
         line["test accuracy %"] = str(accuracy)
         line["n"] = str(accuracy.n)
         lines.append(line)
