@@ -114,6 +114,7 @@ import os
 import sys
 import time
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -123,7 +124,6 @@ import pandas as pd
 import torch
 import torch.distributed as dist
 import tyro
-from matplotlib.patches import Patch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -808,8 +808,8 @@ def train(trainer: Trainer, split: Split, recipe: Recipe) -> tuple[list[dict], d
     return history, measured
 
 
-def largest_difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
-    """Of all numbers, on all ranks."""
+def largest_difference(ours: Iterable[Tensor], theirs: Iterable[Tensor]) -> float:
+    """Of all numbers of two lists of tensors, on all ranks."""
     differences = [(a - b).abs().max() for a, b in zip(ours, theirs, strict=True)]
     largest = torch.stack(differences).max().detach()
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
@@ -848,64 +848,72 @@ def attention_difference(ranks: Ranks, device: torch.device) -> float:
     return largest_difference(ours, theirs)
 
 
+def run_row(
+    name: str, compared_with: str, difference: float | str, ranks: Ranks, **numbers
+) -> dict:
+    """A row of parallel_runs.csv; rank 0 prints what it says."""
+    if ranks.rank == 0 and compared_with:
+        print(f"  {name}: {difference:.1e} from {compared_with}", flush=True)
+    row = {"compared_with": compared_with, "largest_difference": difference}
+    return row | dict.fromkeys(("train_loss", "val_accuracy", "seconds"), "") | numbers
+
+
 def measure(
     ranks: Ranks, data: stage1_mlp.Data, recipe: Recipe, device: torch.device
 ) -> dict[str, list[dict]]:
     """Train every way, and compare: rows {table: [row]}, the same on all ranks."""
-    tables = {"parallel_history": [], "parallel_costs": [], "parallel_runs": []}
-    origin = stage1_mlp.origin_of_rows(device.type) | {"backend": dist.get_backend()}
-
-    def key(name: str) -> dict:
-        return {"experiment": name, "value": f"{ranks.size} ranks", "seed": recipe.seed}
-
-    def add_run(name: str, compared_with: str, difference: float | str, **numbers) -> None:
-        row = key(name) | {"compared_with": compared_with, "largest_difference": difference}
-        row |= {"train_loss": "", "val_accuracy": "", "seconds": "", "steps": ""} | numbers
-        tables["parallel_runs"].append(row | origin)
-        if ranks.rank == 0 and compared_with:
-            print(f"  {name}: {difference:.1e} from {compared_with}", flush=True)
-
-    add_run("ring all-reduce", "dist.all_reduce", ring_difference(ranks, device))
+    difference = ring_difference(ranks, device)
+    runs = {"ring all-reduce": run_row("ring all-reduce", "dist.all_reduce", difference, ranks)}
+    name = "attention, heads over ranks"
     difference = attention_difference(ranks, device)
-    add_run("attention, heads over ranks", "the whole layer", difference)
+    runs[name] = run_row(name, "the whole layer", difference, ranks)
+
     modules = {}
+    history = []
+    costs = []
     for way, kind in WAYS.items():
         try:
             trainer = kind(start_model(recipe, device), ranks, recipe)
-        except ValueError as error:  # on every rank the same one
+        except ValueError as error:  # the same one on every rank
             if ranks.rank == 0:
-                print(f"  {way} left out: {error}", flush=True)
+                print(f"  {way} is left out: {error}", flush=True)
             continue
         start = time.perf_counter()
-        history, measured = train(trainer, data.train, recipe)
-        seconds = time.perf_counter() - start
+        logged, measured = train(trainer, data.train, recipe)
+        numbers = {"train_loss": logged[-1]["train_loss"], "seconds": time.perf_counter() - start}
         modules[way] = trainer.module
-        numbers = {"train_loss": history[-1]["train_loss"], "seconds": seconds}
-        numbers["steps"] = recipe.n_steps
         if way == "one process":
+            compared_with = difference = ""
             val = Split(data.val.images.double(), data.val.labels)
             numbers["val_accuracy"] = stage1_mlp.evaluate(trainer.module, val)["accuracy"]
-            add_run(way, "", "", **numbers)
         else:
-            other = "data parallel" if way == "DistributedDataParallel" else "one process"
-            own_part = modules[other] if other != "one process" else None
-            if own_part is None:
-                own_part = kind.part_of(modules["one process"], ranks)
-            theirs = list(own_part.parameters())
-            difference = largest_difference(list(trainer.module.parameters()), theirs)
-            add_run(way, other, difference, **numbers)
-        tables["parallel_history"] += [key(way) | row for row in history]
-        if way != "DistributedDataParallel":
-            tables["parallel_costs"] += costs_of(key(way), measured, ranks, recipe)
-    return tables
+            is_torchs = way == "DistributedDataParallel"
+            compared_with = "data parallel" if is_torchs else "one process"
+            own_part = kind.part_of(modules[compared_with], ranks)
+            difference = largest_difference(trainer.module.parameters(), own_part.parameters())
+        runs[way] = run_row(way, compared_with, difference, ranks, **numbers)
+        key = key_of(way, ranks, recipe)
+        history += [key | row for row in logged]
+        if way != "DistributedDataParallel":  # its messages are not counted
+            costs += costs_of(key, measured, ranks, recipe)
+
+    settings = {name: getattr(recipe, name) for name in ("n_steps", "batch_size", "n_micro", "lr")}
+    settings |= {"parameters": n_parameters(WIDTHS), "backend": dist.get_backend()}
+    settings |= stage1_mlp.origin_of_rows(device.type)
+    rows = [key_of(name, ranks, recipe) | row | settings for name, row in runs.items()]
+    return {"parallel_history": history, "parallel_costs": costs, "parallel_runs": rows}
+
+
+def key_of(name: str, ranks: Ranks, recipe: Recipe) -> dict:
+    return {"experiment": name, "value": f"{ranks.size} ranks", "seed": recipe.seed}
 
 
 def costs_of(key: dict, measured: dict[str, int], ranks: Ranks, recipe: Recipe) -> list[dict]:
     """A row for every rank and quantity: bytes by formula, and bytes measured."""
     of_all_ranks = [None] * ranks.size
     dist.all_gather_object(of_all_ranks, measured)
-    if key["experiment"] == "one process":  # each rank was one
-        del of_all_ranks[1:]
+    if key["experiment"] == "one process":  # they were all alike
+        of_all_ranks = of_all_ranks[:1]
     rows = []
     for rank, found in enumerate(of_all_ranks):
         expected = by_formula(key["experiment"], rank, ranks.size, recipe)
@@ -939,13 +947,13 @@ def runs_table(runs: pd.DataFrame) -> str:
     return metrics.markdown(lines)
 
 
-def draw_memory(path: Path, costs: pd.DataFrame, n_ranks: str) -> None:
+def draw_memory(path: Path, costs: pd.DataFrame, setting: str) -> None:
     """A bar for every rank of each way: what it holds, in MiB."""
     held = costs[costs["quantity"] != "sent a step"]
     ranks = list(held.groupby(["experiment", "rank"], sort=False))
     colors = metrics.colors_of(list(QUANTITIES[:-1]), ordered=False)
-    title = f"Who holds what: the 784-128-256-10 network with Adam, {n_ranks}"
-    note = "float64, 128 images a step; as measured"
+    title = "Who holds what of the 784-128-256-10 network with Adam?"
+    note = f"{setting}, float64; measured"
     size = {"width": 11, "height": 0.42 * len(ranks) + 1.6}
     with metrics.picture(path, f"{title}\n({note})", **size) as axes:
         for place, (_, rows) in enumerate(ranks):
@@ -990,10 +998,11 @@ def draw_schedules(path: Path, n_stages: int = 4, n_micro: int = 8) -> None:
             axes.set_yticks(range(n_stages), [f"stage {stage}" for stage in range(n_stages)])
             axes.invert_yaxis()
             axes.grid(False)
+            axes.margins(x=0)
         panels[1].set(xlabel="clock (a forward and a backward take one each); white: waiting")
-        handles = [Patch(color=colors["F"], label="forward"), Patch(color=colors["B"])]
-        handles[1].set_label("backward")
-        panels[0].legend(handles=handles, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        for kind, name in (("F", "forward"), ("B", "backward")):
+            panels[0].bar(0, 0, color=colors[kind], label=name)
+        metrics.legend_beside(panels[0])
 
 
 def show(out: Path) -> None:
@@ -1007,12 +1016,12 @@ def show(out: Path) -> None:
     for n_ranks, rows in runs.groupby("value", sort=False):
         own_costs = costs[costs["value"] == n_ranks]
         trained = rows[rows["experiment"] == "one process"].iloc[0]
-        print(f"\n{n_ranks}, {trained['backend']}, float64, {trained['steps']:.0f} steps")
+        print(f"\n{n_ranks}, {trained['backend']}, float64, {trained['n_steps']} steps")
         print(f"one process reads {100 * trained['val_accuracy']:.2f} % of the validation images")
         print(f"\n{runs_table(rows)}")
         print(f"\nKiB of a rank, measured / by formula:\n{costs_table(own_costs)}")
         path = out / f"parallel_memory_{n_ranks.replace(' ', '_')}.png"
-        draw_memory(path, own_costs, n_ranks)
+        draw_memory(path, own_costs, f"{n_ranks}, {trained['batch_size']} images a step")
 
 
 # ---- The program ----------------------------------------------------------------------------
