@@ -31,6 +31,7 @@ RECURRENT = "Recurrent networks (循环神经网络)"
 ATTENTION = "Attention (注意力)"
 DECODING = "Decoding and language models (解码与语言模型)"
 OPTIMIZERS = "Optimizers (优化器)"
+PARALLEL = "Parallel training (并行训练)"
 CLASSICAL = "Classical machine learning (经典机器学习)"
 PUZZLES = "Small programs (小题)"
 TOPICS = (
@@ -42,6 +43,7 @@ TOPICS = (
     ATTENTION,
     DECODING,
     OPTIMIZERS,
+    PARALLEL,
     CLASSICAL,
     PUZZLES,
 )
@@ -2089,6 +2091,217 @@ def adam_cases():
 def adamw_cases():
     other = {"lr": 0.1, "betas": (0.5, 0.8), "eps": 0.1, "weight_decay": 0.3}
     yield from optimizer_cases(torch.optim.AdamW, {"lr": 0.1}, other)
+
+
+# ---- Parallel training ----------------------------------------------------------------------
+
+
+@exercise(
+    "interview/parallel.py",
+    "partition",
+    PARALLEL,
+    1,
+    "Where does each rank's part of n numbers start and stop, if n is no multiple of the ranks?",
+    "n 个参数分给多个进程，除不尽时每份从哪里到哪里？",
+    (
+        "Everyone gets the quotient, the first few one more. (前几份各多一个)",
+        "n // p each; one more for the parts below n % p",
+        "size, n_larger = divmod(n, n_parts)",
+    ),
+)
+def partition_cases():
+    for n, n_parts in ((7, 3), (12, 4), (2, 5), (0, 2)):
+        places = np.cumsum([0, *(len(part) for part in np.array_split(np.arange(n), n_parts))])
+        expected = [(int(start), int(stop)) for start, stop in itertools.pairwise(places)]
+        yield Case(f"{n} in {n_parts} parts", {"n": n, "n_parts": n_parts}, expected)
+
+
+def ring_of_list(solution, tensors) -> dict:
+    """What each rank gets, and whether what it had is still there."""
+    before = [x.clone() for x in tensors]
+    found = list(solution(tensors))
+    kept = all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
+    return {"result": found, "the tensors given are unchanged": kept}
+
+
+@exercise(
+    "interview/parallel.py",
+    "ring_all_reduce",
+    PARALLEL,
+    3,
+    "Simulate a ring all-reduce: each of p ranks has a tensor and gets the sum. How many bytes?",
+    "模拟环形 all-reduce：p 个进程各有一个张量，都要得到总和。通信量是多少？",
+    (
+        "Cut into p chunks; pass sums on p − 1 times, then finished chunks p − 1 times. "
+        "(先 reduce-scatter，再 all-gather)",
+        "step t: rank r sends chunk r − t − 1 and adds what comes; then sends chunk r − t, and "
+        "overwrites; 2 (p − 1)/p · N numbers in all",
+        "chunks = [x.flatten().clone().tensor_split(n_ranks) for x in tensors]",
+    ),
+)
+def ring_all_reduce_cases():
+    for n_ranks, shape in ((2, (4,)), (3, (7,)), (4, (2, 3)), (1, (5,))):
+        tensors = [draw(*shape, seed=rank) for rank in range(n_ranks)]
+        total = torch.stack(tensors).sum(0)
+        expected = {"result": [total] * n_ranks, "the tensors given are unchanged": True}
+        yield Case(f"{n_ranks} ranks, {shape}", {"tensors": tensors}, expected, ring_of_list)
+
+
+@exercise(
+    "interview/parallel.py",
+    "buckets",
+    PARALLEL,
+    1,
+    "Put gradients into buckets of a limited size, the last layer first. Why buckets?",
+    "把梯度按大小上限分桶，最后一层在前。为什么要分桶？",
+    (
+        "Walk backwards; open a new bucket when the tensor does not fit. (从后往前，装不下就换桶)",
+        "new bucket if there is none or filled + size > limit",
+        "for index in reversed(range(len(sizes))):",
+    ),
+)
+def buckets_cases():
+    for what, sizes, limit, expected in (
+        ("two fit", [3, 4, 2, 5], 7, [[3, 2], [1, 0]]),
+        ("one is above the limit", [1, 9, 1, 1], 3, [[3, 2], [1], [0]]),
+        ("each alone", [2, 2, 2], 3, [[2], [1], [0]]),
+        ("all in one", [1, 2, 3], 6, [[2, 1, 0]]),
+    ):
+        yield Case(what, {"sizes": sizes, "limit": limit}, expected)
+
+
+def side_by_side(solution, weight, bias, n_ranks, unit) -> dict:
+    """Outputs of the ranks' layers, joined; and how many each rank has."""
+    x = draw(3, weight.shape[1], seed=5)
+    outputs = [F.linear(x, *part) for part in solution(weight, bias, n_ranks, unit)]
+    return {"outputs": torch.cat(outputs, 1), "of each rank": [y.shape[1] for y in outputs]}
+
+
+def added_up(solution, weight, n_ranks, unit) -> dict:
+    """The sum of what the ranks' layers make of their inputs; and how many inputs each has."""
+    x = draw(3, weight.shape[1], seed=5)
+    parts = list(solution(weight, n_ranks, unit))
+    sizes = [part.shape[1] for part in parts]
+    summands = [F.linear(own, part) for own, part in zip(x.split(sizes, 1), parts, strict=True)]
+    return {"sum": sum(summands), "of each rank": sizes}
+
+
+SPLITS = (  # features, ranks, unit, features of each rank
+    (6, 2, 1, [3, 3]),
+    (7, 3, 1, [3, 2, 2]),
+    (12, 2, 4, [8, 4]),
+)
+
+
+@exercise(
+    "interview/parallel.py",
+    "column_split",
+    PARALLEL,
+    2,
+    "Split a linear layer's outputs over ranks. Which axis of nn.Linear's weight is that?",
+    "张量并行：按列切分线性层（切输出）。对应 nn.Linear 的 weight 的哪一维？",
+    (
+        "Each rank computes some outputs from all inputs; heads stay together. (每卡算一部分输出)",
+        "y = x Wᵀ + b: output o needs row o of weight (O, I) and b[o]",
+        "bounds = partition(len(weight) // unit, n_ranks)",
+    ),
+)
+def column_split_cases():
+    for n, n_ranks, unit, sizes in SPLITS:
+        weight, bias = draw(n, 5, seed=1), draw(n, seed=2)
+        expected = {"outputs": draw(3, 5, seed=5) @ weight.T + bias, "of each rank": sizes}
+        inputs = {"weight": weight, "bias": bias, "n_ranks": n_ranks, "unit": unit}
+        yield Case(f"{n} outputs, {n_ranks} ranks, {unit=}", inputs, expected, side_by_side)
+
+
+@exercise(
+    "interview/parallel.py",
+    "row_split",
+    PARALLEL,
+    2,
+    "Split a linear layer's inputs over ranks. What must follow, and where is the bias added?",
+    "张量并行：按行切分线性层（切输入）。之后要做什么通信？偏置在哪里加？",
+    (
+        "Each rank has some inputs: its product is a summand, so an all-reduce follows, and then "
+        "the bias, once. (先求和，再加一次偏置)",
+        "x Wᵀ = Σ_r x[:, r] W[:, r]ᵀ",
+        "bounds = partition(weight.shape[1] // unit, n_ranks)",
+    ),
+)
+def row_split_cases():
+    for n, n_ranks, unit, sizes in SPLITS:
+        weight = draw(4, n, seed=1)
+        expected = {"sum": draw(3, n, seed=5) @ weight.T, "of each rank": sizes}
+        inputs = {"weight": weight, "n_ranks": n_ranks, "unit": unit}
+        yield Case(f"{n} inputs, {n_ranks} ranks, {unit=}", inputs, expected, added_up)
+
+
+@exercise(
+    "interview/parallel.py",
+    "gpipe",
+    PARALLEL,
+    1,
+    "In which order does a stage of GPipe do the forwards and backwards of its micro-batches?",
+    "GPipe 的一个 stage 按什么顺序做各个 micro-batch 的前向和反向？",
+    (
+        "All forwards, then all backwards, the last forward first. (先全部前向，再反序反向)",
+        "F0 … F(m − 1), B(m − 1) … B0",
+        'forwards = [("F", micro) for micro in range(n_micro)]',
+    ),
+)
+def gpipe_cases():
+    yield Case("one", {"n_micro": 1}, [("F", 0), ("B", 0)])
+    three = [("F", 0), ("F", 1), ("F", 2), ("B", 2), ("B", 1), ("B", 0)]
+    yield Case("three", {"n_micro": 3}, three)
+
+
+@exercise(
+    "interview/parallel.py",
+    "one_forward_one_backward",
+    PARALLEL,
+    2,
+    "The order of a stage's work in a 1F1B pipeline. What does it save against GPipe?",
+    "1F1B 流水线中一个 stage 的执行顺序。和 GPipe 相比省了什么？",
+    (
+        "Some forwards to fill the pipe, then one of each in turn. (先热身，再一前一后)",
+        "p − 1 − stage forwards first (at most m), F and B in turn, then the backwards left",
+        "n_first = min(n_stages - 1 - stage, n_micro)",
+    ),
+)
+def one_forward_one_backward_cases():
+    for stage, n_stages, n_micro, words in (
+        (0, 3, 4, "F0 F1 F2 B0 F3 B1 B2 B3"),
+        (1, 3, 4, "F0 F1 B0 F2 B1 F3 B2 B3"),
+        (2, 3, 4, "F0 B0 F1 B1 F2 B2 F3 B3"),
+        (0, 4, 2, "F0 F1 B0 B1"),
+    ):
+        inputs = {"stage": stage, "n_stages": n_stages, "n_micro": n_micro}
+        expected = [(word[0], int(word[1:])) for word in words.split()]
+        yield Case(f"stage {stage} of {n_stages}, {n_micro} micro-batches", inputs, expected)
+
+
+@exercise(
+    "interview/parallel.py",
+    "bubble",
+    PARALLEL,
+    1,
+    "Which share of the time does a stage of a pipeline wait?",
+    "流水线的气泡率是多少？",
+    (
+        "Stage s starts s clocks late and ends as early; its work takes m. (填充和排空)",
+        "(p − 1) / (m + p − 1)",
+        "clocks = n_micro + n_stages - 1",
+    ),
+)
+def bubble_cases():
+    for n_stages, n_micro in ((4, 8), (3, 1), (1, 5)):
+        ends = np.zeros((n_stages + 1, n_micro + 1))  # of the forwards, by their two conditions
+        for stage, micro in itertools.product(range(n_stages), range(n_micro)):
+            ends[stage, micro] = 1 + max(ends[stage - 1, micro], ends[stage, micro - 1])
+        clocks = ends.max()
+        inputs = {"n_stages": n_stages, "n_micro": n_micro}
+        what = f"{n_stages} stages, {n_micro} micro-batches"
+        yield Case(what, inputs, float((clocks - n_micro) / clocks))
 
 
 # ---- Classical machine learning -------------------------------------------------------------
