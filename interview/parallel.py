@@ -86,7 +86,7 @@ What a rank holds of N parameters with Adam, and the numbers it sends in a step:
              the gradients go the other way. Micro-batches keep the stages busy: GPipe does all
              forwards, then all backwards, and steps once. Gradients add up over micro-batches.
    Cost      Idle share (p − 1)/(m + p − 1). GPipe keeps the activations of m micro-batches. Sends
-             B D each way, the least of all.
+             B D each way, however many layers a stage has.
    追问      1F1B? The same bubble, but stage s keeps p − s micro-batches instead of m. Interleaved
              stages: v parts a rank, bubble / v, traffic · v. Why not m = B? Small products are
              slow. Recompute activations (重计算)? A third more arithmetic, far less memory.
@@ -96,9 +96,9 @@ What a rank holds of N parameters with Adam, and the numbers it sends in a step:
 6. Several machines (多机多卡)
    Asked     "64 machines with 8 GPUs each and a network too large for one. What goes where?"
              「64 台机器，每台 8 卡，模型单卡放不下。怎样切分？」
-   Idea      The more a way talks, the faster its wire. Tensor parallel inside a machine (NVLink),
-             pipeline between machines (the least bytes), data parallel or ZeRO outermost: once a
-             step, and while the backward pass still runs. 8 · 8 · 8 = 512 ranks.
+   Idea      The more a way talks, the faster its wire. Tensor parallel (every layer) inside a
+             machine, over NVLink; pipeline (every stage) between machines; data parallel or ZeRO
+             outermost: once a step, while the backward pass still runs. 8 · 8 · 8 = 512 ranks.
    Cost      The slowest rank sets the pace of all.
    追问      RANK, LOCAL_RANK, WORLD_SIZE? Of all, in the machine, how many. What does rendezvous
              do? It gives ranks and finds the address of rank 0. A rank dies? All are started again
@@ -148,8 +148,7 @@ def partition(n: int, n_parts: int) -> list[tuple[int, int]]:
 
     7 in 3 parts: (0, 3), (3, 5), (5, 7). Some are empty if n < n_parts.
     """
-    if n < 0:
-        raise ValueError(f"n must be at least 0, not {n!r}")
+    check_whole(0, n=n)
     check_whole(n_parts=n_parts)
     size, n_larger = divmod(n, n_parts)
     bounds = []
@@ -905,7 +904,12 @@ def measure(
 
 
 def key_of(name: str, ranks: Ranks, recipe: Recipe) -> dict:
-    return {"experiment": name, "value": f"{ranks.size} ranks", "seed": recipe.seed}
+    return {"experiment": name, "value": ranks_of(ranks.size), "seed": recipe.seed}
+
+
+def ranks_of(n_ranks: int) -> str:
+    """How the tables name a number of ranks."""
+    return "1 rank" if n_ranks == 1 else f"{n_ranks} ranks"
 
 
 def costs_of(key: dict, measured: dict[str, int], ranks: Ranks, recipe: Recipe) -> list[dict]:
@@ -998,7 +1002,8 @@ def draw_schedules(path: Path, n_stages: int = 4, n_micro: int = 8) -> None:
             axes.set_yticks(range(n_stages), [f"stage {stage}" for stage in range(n_stages)])
             axes.invert_yaxis()
             axes.grid(False)
-            axes.margins(x=0)
+        n_clocks = 2 * (n_micro + n_stages - 1)
+        panels[0].set(xlim=(0, n_clocks), xticks=range(0, n_clocks + 1, 2))
         panels[1].set(xlabel="clock (a forward and a backward take one each); white: waiting")
         for kind, name in (("F", "forward"), ("B", "backward")):
             panels[0].bar(0, 0, color=colors[kind], label=name)
@@ -1054,10 +1059,10 @@ def train_each_way(recipe: Recipe, device: str, out: Path, data_dir: Path) -> No
         if ranks.rank > 0:
             measure(ranks, data, recipe, on)
             return
-        print(f"{ranks.size} ranks, {dist.get_backend()}, {on.type}", flush=True)
+        print(f"{ranks_of(ranks.size)}, {dist.get_backend()}, {on.type}", flush=True)
         with stage1_mlp.claimed(out):
             tables = measure(ranks, data, recipe, on)
-            order = [(name, f"{n} ranks") for n in range(1, 1 + ranks.size) for name in ORDER]
+            order = [(name, ranks_of(n)) for n in range(1, 1 + ranks.size) for name in ORDER]
             metrics.replace_rows(out, tables, order)
             show(out)
     finally:

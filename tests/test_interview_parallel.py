@@ -308,7 +308,7 @@ def test_partition_is_tensor_splits(n, n_parts):
 def test_partition_refuses_other_numbers():
     with pytest.raises(ValueError, match=r"n_parts must be .* not 0"):
         parallel.partition(3, 0)
-    with pytest.raises(ValueError, match="n must be at least 0, not -1"):
+    with pytest.raises(ValueError, match="n must be a whole number of at least 0, not -1"):
         parallel.partition(-1, 2)
 
 
