@@ -52,7 +52,9 @@ def cached_table(path: Path, tables={}) -> pd.DataFrame:  # noqa: B006 - the cac
     if path not in tables:
         if not path.exists():
             raise ValueError(f"figures/{path.relative_to(FIGURES)} is missing")
-        tables[path] = metrics.load_rows(path)
+        # the stages' tables name runs, whose values are texts; the others are plain tables
+        of_runs = path.parent.name.startswith("stage")
+        tables[path] = metrics.load_rows(path) if of_runs else pd.read_csv(path)
     return tables[path]
 
 
