@@ -541,7 +541,7 @@ class Recipe:
     # strips of an update
     batch_size: int = 256
     # updates
-    n_steps: int = 2500
+    n_steps: int = 1800
     # highest rate of AdamW; it rises and falls as in stage 1
     lr: float = 1e-3
     warmup: float = 0.1
@@ -567,8 +567,6 @@ RECIPES = {
     "pre-norm, relative": Recipe(position="relative"),
 }
 MAIN = "pre-norm, sinusoids"  # whose tables are shown in full
-SEEDS = (0, 1, 2)
-N_BEAM = 1000  # strips that are read by beam search too
 WIDTH = 4  # of the beam
 
 
@@ -750,20 +748,41 @@ def measure_beams(model: StripReader, n_strips: int, data: Data) -> list[dict]:
     """
     model.eval()
     strips = fixed_strips(data.test, n_strips, 1, SEEN, seed=1)
-    _, targets = teacher_forced(strips.numbers)
-    start = torch.full((1, 1), BEGIN, device=targets.device)
     rows = []
-    for width in (1, WIDTH):
+    for width, read_by in ((1, greedily), (WIDTH, by_beam)):
         n_right = 0
         log_probability = 0.0
-        for strip, target in zip(strips.parts(1), targets, strict=True):
-            step = whole_step(model.transformer, *model.encode(strip.images, strip.widths))
-            found, scores = decoding.beam_search(step, start, SEEN + 1, width, eos=END)
-            n_right += int(torch.equal(found[0, 1:], target))
-            log_probability += scores[0].item() / n_strips
+        for part in strips.parts(100):
+            _, targets = teacher_forced(part.numbers)
+            written, scores = read_by(model, part)
+            n_right += int((written == targets).all(1).sum())
+            log_probability += scores.sum().item() / n_strips
         row = {"part": "test", "width": width, "strips": n_strips, "right": n_right}
         rows.append(row | {"log_probability": log_probability})
     return rows
+
+
+def greedily(model: StripReader, strips: Strips) -> tuple[Tensor, Tensor]:
+    """What greedy decoding writes (B, N + 1), and its log-probability (B,)."""
+    written = read(model, strips)
+    inputs = F.pad(written, (1, 0), value=BEGIN)[:, :-1]  # what was written before each token
+    log_p = model(strips.images, strips.widths, inputs).double().log_softmax(2)  # (B, N + 1, V)
+    found = log_p.gather(2, written[:, :, None]).squeeze(2)  # (B, N + 1)
+    return written, found.where(inputs != END, 0.0).sum(1)
+
+
+def by_beam(model: StripReader, strips: Strips) -> tuple[Tensor, Tensor]:
+    """The likeliest that a beam of WIDTH finds (B, N + 1), and its log-probability (B,)."""
+    memory, mask = model.encode(strips.images, strips.widths)
+    start = torch.full((1, 1), BEGIN, device=memory.device)
+    written = []
+    scores = []
+    for b in range(len(memory)):
+        step = whole_step(model.transformer, memory[b : b + 1], mask[b : b + 1])
+        found, log_p = decoding.beam_search(step, start, strips.numbers.shape[1] + 1, WIDTH, END)
+        written.append(found[0, 1:])
+        scores.append(log_p[0])
+    return torch.stack(written), torch.stack(scores)
 
 
 @torch.no_grad()
@@ -836,10 +855,10 @@ def execute(
     What is measured are the rounded weights. The test images are read once, at the end.
     """
     torch.set_num_threads(1)
-    if device == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32
     data = on_device(stage1_mlp.load_data(data_dir), device)
+    torch.set_float32_matmul_precision("high")  # TF32 where the device has it
     model, history = train(recipe, data, f"{name}, seed {recipe.seed}", checkpoint)
+    torch.set_float32_matmul_precision("highest")
     weights = rounded(model)
     model.load_state_dict(weights)
     key = run_key(name, recipe.seed)
@@ -869,7 +888,7 @@ def file_of(folder: Path, name: str, suffix: str) -> Path:
     return folder / f"transformer_{name.replace(', ', '_').replace('-', '_')}{suffix}"
 
 
-def missing_runs(out: Path, wanted: dict[str, Recipe], seeds: tuple) -> list[tuple[str, Recipe]]:
+def missing_runs(out: Path, wanted: dict[str, Recipe], seeds: int) -> list[tuple[str, Recipe]]:
     """The runs that transformer_runs.csv does not hold, or holds with another recipe.
 
     The main network's come first, then seed by seed.
@@ -877,7 +896,7 @@ def missing_runs(out: Path, wanted: dict[str, Recipe], seeds: tuple) -> list[tup
     rows = metrics.load_rows(out / "transformer_runs.csv", as_text=True).to_dict("records")
     found = {(row["value"], row["seed"]): row for row in rows}
     missing = []
-    runs = sorted(itertools.product(seeds, wanted), key=lambda run: run[1] != MAIN)
+    runs = sorted(itertools.product(range(seeds), wanted), key=lambda run: run[1] != MAIN)
     for seed, name in runs:
         recipe = replace(wanted[name], seed=seed)
         row = found.get((name, str(seed)), {})
@@ -892,7 +911,7 @@ def missing_runs(out: Path, wanted: dict[str, Recipe], seeds: tuple) -> list[tup
 def train_missing(
     out: Path,
     wanted: dict[str, Recipe],
-    seeds: tuple,
+    seeds: int,
     data_dir: Path,
     workers: int,
     device: str,
@@ -900,7 +919,7 @@ def train_missing(
 ) -> None:
     """Train what is missing, each run on one thread; save each as it ends, and seed 0's weights."""
     todo = missing_runs(out, wanted, seeds)
-    n_runs = len(wanted) * len(seeds)
+    n_runs = len(wanted) * seeds
     print(f"training: {n_runs - len(todo)} of {n_runs} runs found, {len(todo)} to do", flush=True)
     paths = [file_of(checkpoints, f"{name}, {recipe.seed}", ".pt") for name, recipe in todo]
     jobs = [
@@ -1111,6 +1130,7 @@ def main(
     train: bool = False,
     evaluate: bool = False,
     smoke: bool = False,
+    seeds: int = 3,
     workers: int = 1,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     out: Path = FIGURES,
@@ -1123,6 +1143,7 @@ def main(
         train: train first what is not saved yet; a command started again goes on.
         evaluate: measure the saved networks again.
         smoke: everything with small networks and few strips and steps, to see that it runs.
+        seeds: runs of each recipe; those of more seeds join the tables later.
         workers: runs that are trained at the same time, each on one thread.
         device: what trains and evaluates; auto takes a GPU if there is one.
         out: the folder that tables, pictures and weights go to and are read from.
@@ -1133,8 +1154,8 @@ def main(
     print("saved, --train takes minutes on a GPU and hours without, --evaluate 15 minutes")
     torch.set_num_threads(1)
     wanted = recipes(smoke)
-    seeds = SEEDS[:1] if smoke else SEEDS
     try:
+        check_whole(seeds=seeds, workers=workers)
         if smoke and out == FIGURES:
             raise ValueError("--smoke would overwrite the saved tables: give it a folder by --out")
         with stage1_mlp.claimed(out):
