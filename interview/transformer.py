@@ -81,6 +81,7 @@ of the target, D width of the model, H heads, V vocabulary; of a strip 28 × W p
    Mistakes  "Rotary positions extrapolate." A test on longer inputs that are easier, not longer.
 """
 
+import functools
 import itertools
 import math
 import sys
@@ -130,6 +131,13 @@ def padding_mask(lengths: Tensor, S: int) -> Tensor:
     return (places < lengths[:, None])[:, None, None, :]
 
 
+def check_tokens(d_model: int, **inputs: Tensor) -> None:
+    """ValueError unless each input is (B, T, D) with D = d_model."""
+    for name, x in inputs.items():
+        if x.ndim != 3 or x.shape[2] != d_model:
+            raise ValueError(f"{name} (B, T, {d_model}) expected, not {tuple(x.shape)}")
+
+
 class FeedForward(nn.Module):
     """W₂ relu(W₁ x + b₁) + b₂, the same for every token (前馈网络): (B, S, D) -> (B, S, D)."""
 
@@ -160,6 +168,7 @@ class EncoderLayer(nn.Module):
         dropout: float = 0.0,
     ):
         super().__init__()
+        self.d_model = d_model
         self.norm_first = norm_first
         self.attention = GroupedQueryAttention(d_model, n_heads, n_heads, position)
         self.feed_forward = FeedForward(d_model, d_ff)
@@ -168,6 +177,7 @@ class EncoderLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        check_tokens(self.d_model, x=x)
         if self.norm_first:
             x = x + self.attend(self.norm_1(x), mask)
             x = x + self.think(self.norm_2(x))
@@ -212,6 +222,7 @@ class DecoderLayer(nn.Module):
         dropout: float = 0.0,
     ):
         super().__init__()
+        self.d_model = d_model
         self.norm_first = norm_first
         self.self_attention = GroupedQueryAttention(d_model, n_heads, n_heads, position)
         self.cross_attention = MultiHeadAttention(d_model, n_heads)
@@ -229,6 +240,7 @@ class DecoderLayer(nn.Module):
         memory_mask: Tensor | None = None,
         caches: LayerCaches | None = None,
     ) -> tuple[Tensor, Tensor]:
+        check_tokens(self.d_model, x=x, memory=memory)
         own, of_memory = caches or (None, None)
         with unchanged_if_it_fails(own, of_memory):
             if self.norm_first:
@@ -843,7 +855,10 @@ def run_key(name: str, seed: int) -> dict:
 # ---- All runs -------------------------------------------------------------------------------
 
 
-def on_device(data: Data, device: str) -> Data:
+@functools.cache
+def data_on(device: str, data_dir: Path) -> Data:
+    """MNIST on the device; a process reads it once."""
+    data = stage1_mlp.load_data(data_dir)
     return Data(*(Split(*(part.to(device) for part in split)) for split in data))
 
 
@@ -855,7 +870,7 @@ def execute(
     What is measured are the rounded weights. The test images are read once, at the end.
     """
     torch.set_num_threads(1)
-    data = on_device(stage1_mlp.load_data(data_dir), device)
+    data = data_on(device, data_dir)
     torch.set_float32_matmul_precision("high")  # TF32 where the device has it
     model, history = train(recipe, data, f"{name}, seed {recipe.seed}", checkpoint)
     torch.set_float32_matmul_precision("highest")
@@ -960,7 +975,7 @@ def load_reader(path: Path, recipe: Recipe) -> StripReader:
 
 def evaluate_saved(out: Path, wanted: dict[str, Recipe], data_dir: Path, device: str) -> None:
     """Measure again every network whose weights are saved, and put its rows into the tables."""
-    data = on_device(stage1_mlp.load_data(data_dir), device)
+    data = data_on(device, data_dir)
     for name, recipe in wanted.items():
         path = file_of(out, name, ".pt")
         if path.exists():
@@ -1171,7 +1186,7 @@ def main(
                 return 0
             show_tables(out, rows, wanted)
             model = load_reader(path, wanted[MAIN])
-            show_reading(out, model, wanted[MAIN].n_judged, stage1_mlp.load_data(data_dir))
+            show_reading(out, model, wanted[MAIN].n_judged, data_on("cpu", data_dir))
     except (stage1_mlp.DataError, ValueError, OSError) as error:
         print(f"interview.transformer: {error}", file=sys.stderr)
         return 1
