@@ -29,6 +29,7 @@ LAYERS = "Layers (网络层)"
 CONVOLUTION = "Convolution (卷积)"
 RECURRENT = "Recurrent networks (循环神经网络)"
 ATTENTION = "Attention (注意力)"
+TRANSFORMER = "Encoder and decoder (编码器与解码器)"
 DECODING = "Decoding and language models (解码与语言模型)"
 OPTIMIZERS = "Optimizers (优化器)"
 PARALLEL = "Parallel training (并行训练)"
@@ -41,6 +42,7 @@ TOPICS = (
     CONVOLUTION,
     RECURRENT,
     ATTENTION,
+    TRANSFORMER,
     DECODING,
     OPTIMIZERS,
     PARALLEL,
@@ -1654,6 +1656,205 @@ def kv_cache_cases():
         expected["keys of an append after reset"] = tokens[0][0]
         inputs = {"sizes": (B, G, d), "capacity": capacity, "tokens": tokens}
         yield Case(what, inputs, expected, appended)
+
+
+# ---- Transformer ----------------------------------------------------------------------------
+
+
+@exercise(
+    "interview/transformer.py",
+    "padding_mask",
+    TRANSFORMER,
+    1,
+    "The mask that hides the padding of a batch, for scores (B, H, T, S).",
+    "手写填充掩码，能广播到 (B, H, T, S) 的分数上。",
+    (
+        "A place is a token's if it is below the length. (位置小于长度)",
+        "mask[b, 0, 0, s] = s < lengths[b]",
+        "places = torch.arange(S, device=lengths.device)",
+    ),
+)
+def padding_mask_cases():
+    for lengths, S in (([2, 0, 3], 3), ([1], 4), ([5, 5], 5)):
+        expected = torch.zeros(len(lengths), 1, 1, S, dtype=torch.bool)
+        for b, length in enumerate(lengths):
+            expected[b, 0, 0, :length] = True
+        inputs = {"lengths": torch.tensor(lengths), "S": S}
+        yield Case(f"lengths {lengths} of {S}", inputs, expected)
+
+
+@exercise(
+    "interview/transformer.py",
+    "teacher_forced",
+    TRANSFORMER,
+    1,
+    "Teacher forcing: the decoder's inputs and targets from the right tokens.",
+    "教师强制：由正确答案得到解码器的输入和目标。",
+    (
+        "The same tokens twice: once behind a begin, once before an end. (错开一位)",
+        "inputs = begin, x_1 … x_N; targets = x_1 … x_N, end",
+        "inputs = F.pad(numbers, (1, 0), value=10)",
+    ),
+    names="10 is the begin and 11 the end; behind a shorter number stand ends already",
+)
+def teacher_forced_cases():
+    def row_by_row(numbers: list[list[int]]) -> dict:
+        inputs = torch.tensor([[10, *row] for row in numbers])
+        return {"inputs": inputs, "targets": torch.tensor([[*row, 11] for row in numbers])}
+
+    def use(solution, numbers) -> dict:
+        return numbers_of(solution(numbers), ("inputs", "targets"))
+
+    for what, numbers in (
+        ("one number", [[4, 0, 7]]),
+        ("two of different lengths", [[4, 0, 7], [9, 11, 11]]),
+    ):
+        inputs = {"numbers": torch.tensor(numbers)}
+        yield Case(what, inputs, row_by_row(numbers), use)
+
+
+class TorchTransformerLayer(nn.Module):
+    """The second route: torch's encoder or decoder layer, its parameters under our names."""
+
+    def __init__(self, d_model, n_heads, d_ff, norm_first, kind, attentions):
+        super().__init__()
+        self.options = {"dropout": 0.0, "batch_first": True, "norm_first": norm_first}
+        self.sizes = (d_model, n_heads, d_ff)
+        self.kind = kind
+        self.attentions = attentions  # our name -> torch's
+        for name in attentions:
+            self.add_module(name, TorchAttention(d_model, n_heads, n_heads))
+        W_1, W_2 = nn.Linear(d_model, d_ff), nn.Linear(d_ff, d_model)
+        self.feed_forward = nn.ModuleDict({"W_1": W_1, "W_2": W_2})
+        for i in range(len(attentions) + 1):
+            self.add_module(f"norm_{i + 1}", nn.LayerNorm(d_model))
+
+    def in_torchs_names(self) -> dict[str, Tensor]:
+        found = {}
+        for name, theirs in self.attentions.items():
+            own = self.get_submodule(name)
+            inputs = (own.W_q, own.W_k, own.W_v)
+            found[f"{theirs}.in_proj_weight"] = torch.cat([layer.weight for layer in inputs])
+            found[f"{theirs}.in_proj_bias"] = torch.cat([layer.bias for layer in inputs])
+            found[f"{theirs}.out_proj.weight"] = own.W_o.weight
+            found[f"{theirs}.out_proj.bias"] = own.W_o.bias
+        for name, parameter in self.named_parameters():
+            for ours, theirs in (("feed_forward.W_", "linear"), ("norm_", "norm")):
+                if name.startswith(ours):
+                    found[name.replace(ours, theirs)] = parameter
+        return found
+
+    def called(self, *inputs, **options):
+        """What torch's layer makes of the inputs, and the weights of its cross-attention."""
+        layer = self.kind(*self.sizes, **self.options).double()
+        weights = []
+
+        def keep(module, arguments, named):
+            named = named | {"need_weights": True, "average_attn_weights": False}
+            weights.append(module.forward(*arguments, **named)[1])
+
+        if hasattr(layer, "multihead_attn"):
+            layer.multihead_attn.register_forward_pre_hook(keep, with_kwargs=True)
+        return functional_call(layer, self.in_torchs_names(), inputs, options), *weights
+
+
+class TorchEncoderLayer(TorchTransformerLayer):
+    def __init__(self, *sizes):
+        super().__init__(*sizes, nn.TransformerEncoderLayer, {"attention": "self_attn"})
+
+    def forward(self, x, mask=None):
+        hidden = None if mask is None else ~mask[:, 0, 0]
+        out, *_ = self.called(x, src_key_padding_mask=hidden)
+        return out
+
+
+class TorchDecoderLayer(TorchTransformerLayer):
+    def __init__(self, *sizes):
+        names = {"self_attention": "self_attn", "cross_attention": "multihead_attn"}
+        super().__init__(*sizes, nn.TransformerDecoderLayer, names)
+
+    def forward(self, x, memory, memory_mask=None):
+        T = x.shape[1]
+        causal = torch.ones(T, T, dtype=torch.bool).triu(1)
+        hidden = None if memory_mask is None else ~memory_mask[:, 0, 0]
+        return self.called(x, memory, tgt_mask=causal, memory_key_padding_mask=hidden)
+
+
+def parameters_of(layer: nn.Module) -> dict[str, Tensor]:
+    """Random values for all parameters of a layer."""
+    named = layer.named_parameters()
+    return {name: draw(*p.shape, seed=200 + i) for i, (name, p) in enumerate(named)}
+
+
+def decode_with_gradients(solution, sizes, parameters, x, memory, **options) -> dict:
+    """Output, weights, and the gradients of the output in x, memory and the parameters."""
+    layer = built(solution(*sizes), parameters)
+    leaves = {"x": x.clone().requires_grad_(), "memory": memory.clone().requires_grad_()}
+    found = layer(leaves["x"], leaves["memory"], **options)
+    parts = numbers_of(found, ("out", "weights"))
+    return parts | gradients_of(parts["out"], leaves | dict(layer.named_parameters()))
+
+
+ORDERS = (("pre-norm", True), ("post-norm", False))
+LAYER_NAMES = (
+    "FeedForward(d_model, d_ff) of interview.transformer as `feed_forward`; `norm_1`, `norm_2` … "
+    "in the order of use; the cases keep position 'none' and dropout 0"
+)
+
+
+@exercise(
+    "interview/transformer.py",
+    "EncoderLayer",
+    TRANSFORMER,
+    2,
+    "Write a transformer's encoder layer. What does each part do?",
+    "手写 Transformer 编码器层。每个部分起什么作用？",
+    (
+        "Attention and feed-forward network, around each a residual and a norm. (残差与归一化)",
+        "pre-norm x + f(norm(x)); post-norm norm(x + f(x)); f is attention, then W₂ relu(W₁ x)",
+        "x = x + self.attention(self.norm_1(x), mask=mask)[0]  # pre-norm",
+    ),
+    names="MultiHeadAttention(d_model, n_heads) of stage3_attention as `attention`; " + LAYER_NAMES,
+)
+def encoder_layer_cases():
+    mask = torch.tensor([[True] * 5, [True, True, False, False, False], [True] * 4 + [False]])
+    for what, norm_first in ORDERS:
+        sizes = (6, 3, 8, norm_first)
+        inputs = {"sizes": sizes, "parameters": parameters_of(TorchEncoderLayer(*sizes))}
+        inputs["x"] = draw(3, 5, 6, seed=80)
+        use = module_with_gradients
+        yield against(what, TorchEncoderLayer, use, **inputs)
+        padded = inputs | {"mask": mask[:, None, None]}
+        yield against(f"{what}, with padding", TorchEncoderLayer, use, **padded)
+
+
+@exercise(
+    "interview/transformer.py",
+    "DecoderLayer",
+    TRANSFORMER,
+    3,
+    "Write a transformer's decoder layer. Which masks does it need?",
+    "手写 Transformer 解码器层。需要哪些掩码？",
+    (
+        "Attend to the past, then to the memory; then each token alone. (自注意、交叉)",
+        "pre-norm: x + self(norm_1 x), causal; x + cross(norm_2 x, memory); x + ff(norm_3 x)",
+        "x = x + self.self_attention(self.norm_1(x), mask=mask, causal=True)[0]  # pre-norm",
+    ),
+    names="MultiHeadAttention(d_model, n_heads) of stage3_attention, called (x, context, mask=…, "
+    "causal=…) -> (out, weights), as `self_attention` and `cross_attention`; "
+    + LAYER_NAMES
+    + "; caches are not asked for",
+)
+def decoder_layer_cases():
+    mask = torch.tensor([[True] * 7, [True, True] + [False] * 5])
+    for what, norm_first in ORDERS:
+        sizes = (6, 3, 8, norm_first)
+        inputs = {"sizes": sizes, "parameters": parameters_of(TorchDecoderLayer(*sizes))}
+        inputs |= {"x": draw(2, 4, 6, seed=81), "memory": draw(2, 7, 6, seed=82)}
+        use = decode_with_gradients
+        yield against(what, TorchDecoderLayer, use, **inputs)
+        padded = inputs | {"memory_mask": mask[:, None, None]}
+        yield against(f"{what}, the memory padded", TorchDecoderLayer, use, **padded)
 
 
 # ---- Decoding -------------------------------------------------------------------------------

@@ -379,7 +379,7 @@ def test_the_model_refuses_inputs_that_do_not_fit():
 @pytest.fixture(scope="module")
 def data():
     """A few images of each split: train 300, val 50 of all classes, test 40."""
-    data = stage1_mlp.load_data(ROOT / "data")
+    data = transformer.data_on("cpu", ROOT / "data")
     train = stage1_mlp.Split(data.train.images[:300], data.train.labels[:300])
     val = stage1_mlp.Split(data.val.images[::100], data.val.labels[::100])
     test = stage1_mlp.Split(data.test.images[:40], data.test.labels[:40])
