@@ -1,9 +1,9 @@
 """Encoder and decoder by hand, and a transformer that reads numbers (手撕 Transformer).
 
     python -m interview.transformer              tables and pictures from what is saved, 1 min
-    python -m interview.transformer --train --device cuda --workers 4
+    python -m interview.transformer --train --device cuda --workers 6
                                                  trains first what is not saved yet
-    python -m interview.transformer --evaluate   measures the saved networks again, 15 min
+    python -m interview.transformer --evaluate   measures the saved networks again
     python -m interview.transformer --out DIR    the same into and from DIR
 
 Read `EncoderLayer`, `DecoderLayer` and `Transformer` first. Attention itself, its masks and the KV
@@ -1198,4 +1198,7 @@ def main(
 
 
 if __name__ == "__main__":
-    sys.exit(tyro.cli(main))
+    # workers look functions up by their module, and __main__ is another one there
+    from interview import transformer
+
+    sys.exit(tyro.cli(transformer.main))
