@@ -3,7 +3,7 @@
     python -m interview.transformer              tables and pictures from what is saved, 1 min
     python -m interview.transformer --train --device cuda --workers 6
                                                  trains first what is not saved yet
-    python -m interview.transformer --evaluate   measures the saved networks again
+    python -m interview.transformer --evaluate   measures the saved networks again, 15 min
     python -m interview.transformer --out DIR    the same into and from DIR
 
 Read `EncoderLayer`, `DecoderLayer` and `Transformer` first. Attention itself, its masks and the KV
@@ -842,9 +842,9 @@ def measure(name: str, model: StripReader, recipe: Recipe, data: Data) -> dict[s
     origin = stage1_mlp.origin_of_rows(device)
     tables = {"transformer_lengths": measure_lengths(model, recipe.n_measured, data)}
     if name == MAIN and recipe.seed == 0:
-        n_few = math.ceil(recipe.n_measured / 5)
-        tables["transformer_beams"] = measure_beams(model, n_few, data)
-        tables["transformer_attention"] = measure_attention(model, n_few, data)
+        tables["transformer_attention"] = measure_attention(model, recipe.n_judged, data)
+        n_beams = math.ceil(recipe.n_measured / 10)  # one strip at a time takes long
+        tables["transformer_beams"] = measure_beams(model, n_beams, data)
     return {table: [key | row | origin for row in rows] for table, rows in tables.items()}
 
 
