@@ -54,8 +54,8 @@ of the target, D width of the model, H heads, V vocabulary; of a strip 28 × W p
              post-norm puts a norm across it in every layer, and gradients near the output are
              large at the start (Xiong 2020), so it needs a warm-up (预热). What is wrong with
              pre-norm? x grows from layer to layer, and late layers change it little.
-   Mistakes  Keys and values from x, queries from norm(x). The memory is not normed again: the
-             encoder's last norm did that.
+   Mistakes  Keys and values from x, queries from norm(x). The memory normed once more in each
+             decoder layer: the encoder's last norm did that.
 
 4. Decoding with caches (带缓存的解码)
    Asked     "What is cached when a decoder generates? Is it exact?"
@@ -78,7 +78,8 @@ of the target, D width of the model, H heads, V vocabulary; of a strip 28 × W p
    追问      What must be counted still? Which digit is next: cross-attention has no positions of
              its own here, so the encoder must number what it sees. Measured below on strips of
              seven and eight digits; training shows one to six.
-   Mistakes  "Rotary positions extrapolate." A test on longer inputs that are easier, not longer.
+   Mistakes  "Rotary positions extrapolate." Only a mean loss is measured on longer inputs: most of
+             it comes from places that training had.
 """
 
 import functools
@@ -579,7 +580,7 @@ RECIPES = {
     "pre-norm, relative": Recipe(position="relative"),
 }
 MAIN = "pre-norm, sinusoids"  # whose tables are shown in full
-WIDTH = 4  # of the beam
+BEAM_WIDTH = 4  # of the beam
 
 
 def recipes(smoke: bool) -> dict[str, Recipe]:
@@ -761,7 +762,7 @@ def measure_beams(model: StripReader, n_strips: int, data: Data) -> list[dict]:
     model.eval()
     strips = fixed_strips(data.test, n_strips, 1, SEEN, seed=1)
     rows = []
-    for width, read_by in ((1, greedily), (WIDTH, by_beam)):
+    for width, read_by in ((1, greedily), (BEAM_WIDTH, by_beam)):
         n_right = 0
         log_probability = 0.0
         for part in strips.parts(100):
@@ -784,14 +785,16 @@ def greedily(model: StripReader, strips: Strips) -> tuple[Tensor, Tensor]:
 
 
 def by_beam(model: StripReader, strips: Strips) -> tuple[Tensor, Tensor]:
-    """The likeliest that a beam of WIDTH finds (B, N + 1), and its log-probability (B,)."""
+    """The likeliest that a beam of BEAM_WIDTH finds (B, N + 1), and its log-probability (B,)."""
     memory, mask = model.encode(strips.images, strips.widths)
     start = torch.full((1, 1), BEGIN, device=memory.device)
     written = []
     scores = []
     for b in range(len(memory)):
         step = whole_step(model.transformer, memory[b : b + 1], mask[b : b + 1])
-        found, log_p = decoding.beam_search(step, start, strips.numbers.shape[1] + 1, WIDTH, END)
+        found, log_p = decoding.beam_search(
+            step, start, strips.numbers.shape[1] + 1, BEAM_WIDTH, END
+        )
         written.append(found[0, 1:])
         scores.append(log_p[0])
     return torch.stack(written), torch.stack(scores)
@@ -1024,6 +1027,18 @@ def beyond_table(rows: pd.DataFrame) -> str:
     return metrics.markdown(lines)
 
 
+def attention_table(rows: pd.DataFrame) -> str:
+    """Markdown, a line a layer: percent of each head's attention that lies on the digit's ink."""
+    lines = []
+    for layer, found in rows.groupby("layer"):
+        line = {"decoder layer": str(layer + 1)}
+        for head, share in zip(found["head"], found["share"], strict=True):
+            line[f"head {head + 1}"] = f"{100 * share:.1f}"
+        line["all columns alike"] = f"{100 * found['even_share'].iloc[0]:.1f}"
+        lines.append(line)
+    return metrics.markdown(lines)
+
+
 def draw_lengths(path: Path, rows: pd.DataFrame) -> None:
     """Share of test strips without an error over their length, a line a network."""
     test = rows[rows["part"] == "test"]
@@ -1040,25 +1055,31 @@ def draw_lengths(path: Path, rows: pd.DataFrame) -> None:
         metrics.legend_beside(axes)
 
 
-def draw_maps(path: Path, model: StripReader, examples: dict[str, Strips]) -> None:
-    """Each strip, and below it on the same axis where the last layer looks for each digit."""
-    size = {"width": 11, "height": 3.2 * len(examples) + 1, "squeeze": False}
+def draw_maps(path: Path, model: StripReader, examples: dict[str, tuple[Strips, Tensor]]) -> None:
+    """Each strip, and below it on the same axis where the last layer looks for each digit.
+
+    examples: {name: (one strip, what the model wrote for it (1, N + 1))}.
+    """
+    size = {"width": 11, "height": 4 * len(examples) + 1, "squeeze": False}
     title = "Where the decoder looks when it writes a digit"
     what = "cross-attention of the last layer, mean of its heads; each row sums to 1"
     with metrics.picture(path, f"{title}\n({what})", 2 * len(examples), 1, **size) as panels:
         panels = panels[:, 0]
-        for i, (name, strip) in enumerate(examples.items()):
-            n_rows = int(strip.lengths) + 1
+        for i, (name, (strip, written)) in enumerate(examples.items()):
+            digits = text_of(written[0])
+            n_rows = min(len(digits) + 1, written.shape[1])
             W = math.ceil(int(strip.widths) / COLUMNS) * COLUMNS
-            weights = cross_attention(model, strip)[-1].mean(1)[0, :n_rows, : W // COLUMNS]
-            digits = text_of(strip.numbers[0])
+            own_past = strip._replace(numbers=written[:, :-1])
+            weights = cross_attention(model, own_past)[-1].mean(1)[0, :n_rows, : W // COLUMNS]
             above, below = panels[2 * i : 2 * i + 2]
             extent = {"extent": (0, W, 28, 0), "aspect": "auto", "cmap": "gray_r"}
             above.imshow(strip.images[0, :, :W].numpy(), **extent)
-            above.set(yticks=[], xticks=[], title=f"{name}: {digits}")
+            there = text_of(strip.numbers[0])
+            above.set(yticks=[], xticks=[], title=f"{name}: {there}, read as {digits}")
             extent = {"extent": (0, W, n_rows, 0), "aspect": "auto", "cmap": "Blues"}
             drawn = below.imshow(weights.numpy(), vmin=0, vmax=0.5, **extent)
-            below.set_yticks([row + 0.5 for row in range(n_rows)], [*digits, "end"])
+            names = [*digits, "end"][:n_rows]
+            below.set_yticks([row + 0.5 for row in range(n_rows)], names)
             below.set(ylabel="written", xlim=(0, W))
             for axes in (above, below):
                 axes.grid(False)
@@ -1105,6 +1126,12 @@ def show_tables(out: Path, rows: pd.DataFrame, wanted: dict[str, Recipe]) -> Non
         print(f"\nGreedy and beam search on the same test strips ({MAIN}, seed 0):")
         print(metrics.markdown(lines))
         text += f"\n{metrics.markdown(lines)}\n"
+    looks = metrics.load_rows(out / "transformer_attention.csv")
+    if len(looks):
+        table = attention_table(looks)
+        print(f"\nCross-attention on the ink of the digit that is written (%), {MAIN}, seed 0:")
+        print(table)
+        text += f"\n{table}\n"
     (out / "transformer_tables.md").write_text(text, encoding="utf-8")
     draw_lengths(out / "transformer_lengths.png", rows)
     history = metrics.load_rows(out / "transformer_history.csv")
@@ -1127,7 +1154,7 @@ def show_reading(out: Path, model: StripReader, n_strips: int, data: Data) -> No
         print("  " + "     ".join(words))
         if length in (3, SEEN, LONGEST):
             name = f"{length} digits" + (", never in training" if length > SEEN else "")
-            examples[name] = strips.parts(1)[0]
+            examples[name] = (strips.parts(1)[0], written[:1])
     draw_maps(out / "transformer_maps.png", model, examples)
 
     strips = fixed_strips(data.val, n_strips, 1, SEEN, seed=0)
@@ -1165,8 +1192,8 @@ def main(
         data_dir: the folder that holds MNIST/raw.
         checkpoints: the folder for what a run needs to go on if it is stopped.
     """
-    print("A transformer (Transformer) that reads strips of MNIST digits; a minute from what is")
-    print("saved, --train takes minutes on a GPU and hours without, --evaluate 15 minutes")
+    print("A transformer reads strips of MNIST digits (读手写数字串): a minute from what is saved;")
+    print("--train takes minutes on a GPU and hours without, --evaluate 15 minutes without")
     torch.set_num_threads(1)
     wanted = recipes(smoke)
     try:

@@ -565,7 +565,7 @@ def test_beams_and_greedy_are_measured_on_the_same_strips(reader, data):
     _, targets = transformer.teacher_forced(strips.numbers)
     assert greedy["right"] == int((written == targets).all(1).sum())
     assert beam["log_probability"] >= greedy["log_probability"] - 1e-9
-    assert (greedy["width"], beam["width"]) == (1, transformer.WIDTH)
+    assert (greedy["width"], beam["width"]) == (1, transformer.BEAM_WIDTH)
 
 
 # ---- the program ----
