@@ -649,9 +649,14 @@ def loss_of(model: StripReader, strips: Strips, label_smoothing: float) -> Tenso
     """Mean cross-entropy of the digits and of the end behind each number, in nats."""
     inputs, targets = teacher_forced(strips.numbers)  # (B, N + 1)
     logits = model(strips.images, strips.widths, inputs)  # (B, N + 1, V)
-    places = torch.arange(targets.shape[1], device=targets.device)
-    counts = places <= strips.lengths[:, None]  # what follows the end does not count
+    counts = up_to_the_end(targets, strips.lengths)
     return stage1_mlp.cross_entropy(logits[counts], targets[counts], label_smoothing)
+
+
+def up_to_the_end(targets: Tensor, lengths: Tensor) -> Tensor:
+    """Which targets (B, N + 1) count: the digits and one END; what follows it does not."""
+    places = torch.arange(targets.shape[1], device=targets.device)
+    return places <= lengths[:, None]
 
 
 def fixed_strips(split: Split, n_strips: int, shortest: int, longest: int, seed: int) -> Strips:
@@ -674,9 +679,10 @@ def judge(model: StripReader, strips: Strips) -> dict:
     for part in strips.parts(500):
         inputs, targets = teacher_forced(part.numbers)
         logits = model(part.images, part.widths, inputs)
-        counts = torch.arange(targets.shape[1], device=targets.device) <= part.lengths[:, None]
+        counts = up_to_the_end(targets, part.lengths)
         is_right.append((logits.argmax(2).eq(targets) | ~counts).all(1))
-        losses.append(len(part.lengths) * loss_of(model, part, 0.0))
+        loss = stage1_mlp.cross_entropy(logits[counts], targets[counts])
+        losses.append(len(part.lengths) * loss)
     model.train()
     n_strips = len(strips.lengths)
     loss = torch.stack(losses).sum().item() / n_strips

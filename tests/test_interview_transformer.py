@@ -485,12 +485,12 @@ def test_judging_in_one_pass_is_reading_digit_by_digit(data):
     model = transformer.StripReader(TINY)
     optimizer = torch.optim.AdamW(model.parameters(), 0.02)
     one = stage1_mlp.Split(data.train.images[:1], data.train.labels[:1])  # so only length counts
-    for _ in range(60):
+    for _ in range(40):
         strips = transformer.draw_strips(one, 16, 1, 3)
         optimizer.zero_grad()
         transformer.loss_of(model, strips, 0.0).backward()
         optimizer.step()
-    strips = transformer.fixed_strips(one, 200, 1, 6, seed=0)
+    strips = transformer.fixed_strips(one, 100, 1, 6, seed=0)
     found = transformer.judge(model, strips)
     written = transformer.written_by(model, strips)
     _, targets = transformer.teacher_forced(strips.numbers)
@@ -520,7 +520,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(data, tmp_path, ca
 
 def test_the_loss_falls(data):
     recipe = transformer.replace(
-        TINY, channels=12, d_model=16, n_steps=40, n_logs=2, batch_size=16, lr=0.01, deform=0.0
+        TINY, channels=6, d_model=16, n_steps=30, n_logs=2, batch_size=16, lr=0.01, deform=0.0
     )
     _, history = transformer.train(recipe, data, "longer")
     assert history[-1]["val_loss"] < history[0]["val_loss"] < math.log(12)
@@ -566,6 +566,27 @@ def test_beams_and_greedy_are_measured_on_the_same_strips(reader, data):
     assert greedy["right"] == int((written == targets).all(1).sum())
     assert beam["log_probability"] >= greedy["log_probability"] - 1e-9
     assert (greedy["width"], beam["width"]) == (1, transformer.BEAM_WIDTH)
+
+
+def test_the_tables_are_percent_over_seeds():
+    columns = ("part", "value", "seed", "length", "strips", "right", "first_6_right")
+    rows = [
+        ("test", "a", 0, 1, 10, 9, 9),
+        ("test", "a", 0, 2, 30, 30, 30),
+        ("test", "a", 0, 7, 20, 1, 10),
+        ("test", "a", 1, 1, 20, 20, 20),
+        ("test", "a", 1, 2, 20, 20, 20),
+        ("test", "a", 1, 7, 20, 3, 12),
+        ("val", "a", 0, 1, 10, 0, 0),
+    ]
+    rows = pd.DataFrame(rows, columns=columns).assign(digits_written=5.5)
+    # of 1 … 6 digits seed 0 has 39 of 40 right and seed 1 all: 97.5 and 100
+    line = transformer.right_table(rows).splitlines()[2]
+    expected = ["a", "2", "98.75 ± 1.77", "95.00 ± 7.07", "100.00 ± 0.00", "10.00 ± 7.07"]
+    assert [cell.strip() for cell in line.split("|")[1:-1]] == expected
+    line = transformer.beyond_table(rows).splitlines()[2]
+    expected = ["a", "7", "5.50 ± 0.00", "55.00 ± 7.07", "10.00 ± 7.07", "2"]
+    assert [cell.strip() for cell in line.split("|")[1:-1]] == expected
 
 
 # ---- the program ----
@@ -617,6 +638,11 @@ def test_a_small_training_saves_rows_weights_tables_and_pictures(tmp_path, capsy
 def test_a_small_training_does_not_touch_the_saved_tables(capsys):
     assert transformer.main(train=True, smoke=True) == 1
     assert "--smoke would overwrite the saved tables" in capsys.readouterr().err
+
+
+def test_numbers_of_runs_and_workers_are_checked(tmp_path, capsys):
+    assert start(tmp_path, seeds=0) == 1
+    assert "seeds must be a whole number of at least 1, not 0" in capsys.readouterr().err
 
 
 def test_missing_data_is_said_in_one_line(tmp_path, capsys):
