@@ -502,6 +502,8 @@ def draw_sweep(
     runs = runs.assign(percent=100 * runs["val_accuracy"])
     with picture(path, f"{title}\n({bars})", n_columns=2, width=13, height=5) as (left, right):
         draw_points(left, runs, "value", "percent", colors)
+        low, high = left.get_ylim()
+        left.set_ylim(max(low, 0), min(high, 102))  # an interval of few seeds may reach beyond
         left.set(xlabel=varied, ylabel="validation accuracy (%)")
         for value, rows in history.groupby("value", sort=False):
             style = {"color": colors[value], "label": value, "errorbar": ("pi", 100)}

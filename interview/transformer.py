@@ -554,7 +554,7 @@ class Recipe:
     # strips of an update
     batch_size: int = 256
     # updates
-    n_steps: int = 1800
+    n_steps: int = 2500
     # highest rate of AdamW; it rises and falls as in stage 1
     lr: float = 1e-3
     warmup: float = 0.1
@@ -852,7 +852,7 @@ def measure(name: str, model: StripReader, recipe: Recipe, data: Data) -> dict[s
     tables = {"transformer_lengths": measure_lengths(model, recipe.n_measured, data)}
     if name == MAIN and recipe.seed == 0:
         tables["transformer_attention"] = measure_attention(model, recipe.n_judged, data)
-        n_beams = math.ceil(recipe.n_measured / 10)  # one strip at a time takes long
+        n_beams = math.ceil(recipe.n_measured / 5)  # one strip at a time takes long
         tables["transformer_beams"] = measure_beams(model, n_beams, data)
     return {table: [key | row | origin for row in rows] for table, rows in tables.items()}
 
