@@ -1055,7 +1055,7 @@ def draw_lengths(path: Path, rows: pd.DataFrame) -> None:
         for name, found in test.groupby("value", sort=False):
             style = {"errorbar": ("pi", 100), "marker": "o", "color": colors[name], "label": name}
             metrics.draw_line(axes, found, "length", "percent", **style)
-        axes.axvspan(SEEN + 0.5, LONGEST + 0.5, color="0.9", label="never in training")
+        axes.axvspan(SEEN + 0.5, LONGEST + 0.5, color="0.9", zorder=0, label="never in training")
         labels = {"xlabel": "digits in the strip", "ylabel": "strips without an error (%)"}
         axes.set(ylim=(-2, 102), xlim=(0.5, LONGEST + 0.5), **labels)
         metrics.legend_beside(axes)
