@@ -355,17 +355,30 @@ def score_table(runs: pd.DataFrame, images: str, by: str = "value", heading: str
     return markdown(table)
 
 
+def spans_powers_of_ten(numbers: pd.Series) -> bool:
+    """Whether the numbers (all above 0) differ a thousandfold: then only their logarithms compare,
+    and their mean is the geometric one."""
+    return numbers.min() > 0 and numbers.max() > 1000 * numbers.min()
+
+
 def fault_table(faults: pd.DataFrame, symptoms: dict[str, str]) -> str:
     """Markdown, a line a fault: its sign, what is measured, and the number broken and mended."""
     table = []
     for name, rows in faults.groupby("fault", sort=False):
         row = {"fault": name, "sign": symptoms[name], "measured": rows["measured"].iloc[0]}
+        geometric = spans_powers_of_ten(rows["number"])
         for variant in ("broken", "mended"):
             found = rows[rows["variant"] == variant]
-            number = summarise(found["number"])
-            spread = f" ± {number.std:.2g}" if number.n > 1 else ""
             value = found["value"].iloc[0] if len(found) else "–"
-            row[variant] = f"{value}: {number.mean:.3g}{spread}"
+            if geometric:
+                mean, low, high = stats.gmean(found["number"]), *found["number"].agg(["min", "max"])
+                row[variant] = (
+                    f"{value}: {mean:.2g} ({low:.2g} … {high:.2g}; geometric mean, range)"
+                )
+            else:
+                number = summarise(found["number"])
+                spread = f" ± {number.std:.2g}" if number.n > 1 else ""
+                row[variant] = f"{value}: {number.mean:.3g}{spread}"
         table.append(row | {"n": rows["seed"].nunique()})
     return markdown(table)
 
@@ -621,18 +634,25 @@ def draw_faults(path: Path, rows: pd.DataFrame, title: str) -> None:
             found = found.sort_values("variant", kind="stable")  # broken above mended
             names = found.drop_duplicates("value")
             palette = dict(zip(names["value"], names["variant"].map(colors), strict=True))
+            geometric = spans_powers_of_ten(found["number"])
+            mean_of = stats.gmean if geometric else np.mean
             style = {"hue": "value", "palette": palette, "errorbar": ("pi", 100), "capsize": 0.2}
-            sns.barplot(found, y="value", x="number", ax=axes, legend=False, width=0.6, **style)
-            means = found.groupby("value", sort=False)["number"].mean()
+            style |= {"estimator": mean_of, "legend": False, "width": 0.6}
+            sns.barplot(found, y="value", x="number", ax=axes, **style)
+            means = found.groupby("value", sort=False)["number"].agg(mean_of)
             largest = means.max()
             for place, mean in enumerate(means):
                 label = {"transform": axes.get_yaxis_transform(), "va": "center", "fontsize": 12}
                 axes.text(1.01, place, f"{mean:.3g}", **label)
             axes.set_title(fault, loc="left")
             axes.set(xlabel=found["measured"].iloc[0], ylabel="")
-            axes.xaxis.set_major_locator(MaxNLocator(5))
-            if largest > 0:
-                axes.set_xlim(left=min(0, means.min()))
+            if geometric:
+                axes.set(xscale="log", xlim=(found["number"].min() / 10, found["number"].max() * 3))
+                axes.set_xlabel(f"{found['measured'].iloc[0]} (log scale, geometric mean)")
+            else:
+                axes.xaxis.set_major_locator(MaxNLocator(5))
+                if largest > 0:
+                    axes.set_xlim(left=min(0, means.min()))
         for axes in panels.flat[len(by_fault) :]:
             axes.remove()
 

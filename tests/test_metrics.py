@@ -291,3 +291,18 @@ def test_pictures_of_runs_that_diverged(tmp_path, lost):
     metrics.draw_sweep(tmp_path / "sweep.png", runs, history, "title", "axis")
     for name in ("curves", "sweep"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_faults_that_differ_a_thousandfold_are_averaged_as_powers_of_ten():
+    rows = [
+        {"fault": "a", "measured": "share", "variant": variant, "value": variant, "seed": seed}
+        | {"number": number}
+        for variant, numbers in (("broken", (1e-8, 1e-4)), ("mended", (0.25, 0.25)))
+        for seed, number in enumerate(numbers)
+    ]
+    table = metrics.fault_table(pd.DataFrame(rows), {"a": "sign"})
+    assert "broken: 1e-06 (1e-08 … 0.0001; geometric mean, range)" in table
+    for row in rows:
+        row["number"] += 1
+    table = metrics.fault_table(pd.DataFrame(rows), {"a": "sign"})
+    assert "mended: 1.25 ± 0" in table
