@@ -1043,6 +1043,7 @@ def evaluate_all(out: Path, data_dir: Path, cnn_file: Path, device: str, smoke: 
     order = [("real", "test images"), *(("drawn", name_of(setting)) for setting in settings)]
     labels = torch.arange(n, device=device) % N_CLASSES
     at_once = 1000 if device == "cuda" else 250
+    drawn = {"real": first_of_each_class(data.test, n).images}
     for setting in settings:
         start = time.perf_counter()
         images = draw_digits(model, labels, setting, 0, schedule, at_once)
@@ -1052,6 +1053,8 @@ def evaluate_all(out: Path, data_dir: Path, cnn_file: Path, device: str, smoke: 
         metrics.replace_rows(out, {"diffusion_samples": [row]}, order)
         words = f"{100 * row['read_as_asked']:.1f} % read as asked, {row['seconds']:.1f} s"
         print(f"  {name_of(setting)}: {words}", flush=True)
+        drawn[name_of(setting)] = images[:20]
+        draw_drawn(out / "diffusion_digits.png", drawn)
 
 
 def name_of(setting: Setting) -> str:
@@ -1083,6 +1086,141 @@ def segmentation_table(runs: pd.DataFrame) -> str:
         line["parameters"] = f"{rows['parameters'].iloc[0]:,.0f}"
         lines.append(line | {"n": str(score.n)})
     return metrics.markdown(lines)
+
+
+# ---- Pictures -------------------------------------------------------------------------------
+
+
+def draw_image(axes, image: Tensor, title: str = "") -> None:
+    """One image (H, W), 0 is white and 1 black, without ticks."""
+    axes.imshow(image.cpu().numpy(), cmap="gray_r", vmin=0, vmax=1)
+    axes.set(xticks=[], yticks=[])
+    axes.grid(False)
+    if title:
+        axes.set_title(title, fontsize=11)
+
+
+def draw_drawn(path: Path, drawn: dict[str, Tensor], n: int = 20) -> None:
+    """The first n digits of each setting {name: (N, 28, 28)}, a row each; labels go 0, 1, … 9."""
+    title = "Digits from noise: in every row the same noise and the same labels 0 … 9"
+    with metrics.picture(
+        path, title, len(drawn), 1, width=12, height=0.72 * len(drawn) + 0.8, squeeze=False
+    ) as panels:
+        for axes, (name, images) in zip(panels[:, 0], drawn.items(), strict=True):
+            draw_image(axes, torch.cat(list(images[:n].float()), 1))  # (28, 28 · n)
+            axes.set_ylabel(name, rotation=0, ha="right", va="center")
+
+
+SHOWN = (1000, 800, 600, 400, 200, 100, 0)  # times in the picture of the way
+
+
+def draw_way(path: Path, model: UNet, digits: Split) -> Tensor:
+    """Digits become noise (above) and noise becomes digits (below); gives the ten new digits."""
+    schedule = linear_schedule()
+    real = 2 * digits.images[:3] - 1
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(real.shape, generator=generator)
+    labels = torch.arange(N_CLASSES)
+    states = {}
+    drawn = draw_digits(
+        model,
+        labels,
+        Setting("DDIM", N_STEPS, GUIDANCE),
+        on_step=lambda t, x: states.update({t: x[:, 0]}),
+    )
+    shown = ("7", "2", "3")
+    title = "Above: digits become noise. Below: noise becomes the digits asked for (DDIM, 50 steps)"
+    with metrics.picture(path, title, 6, len(SHOWN), width=11, height=10) as panels:
+        for i, label in enumerate(digits.labels[:3].tolist()):
+            for axes, t in zip(panels[i], reversed(SHOWN), strict=True):
+                times = torch.full((3,), t)
+                x_t = add_noise(real, times, noise, schedule.alpha_bars)[i]
+                draw_image(axes, (x_t + 1) / 2, f"t = {t}" if i == 0 else "")
+            panels[i, 0].set_ylabel(f"a real {label}")
+        for row, label in zip(panels[3:], map(int, shown), strict=True):
+            for axes, t in zip(row, SHOWN, strict=True):
+                draw_image(axes, (states[t][label] + 1) / 2, f"t = {t}" if row is panels[3] else "")
+            row[0].set_ylabel(f"asked: {label}")
+    return drawn
+
+
+def draw_samples(path: Path, rows: pd.DataFrame) -> None:
+    """Above: what guidance changes. Below: what the number of steps changes."""
+    real = rows[rows["experiment"] == "real"].iloc[0]
+    ddim = rows[rows["sampler"] == "DDIM"]
+    ddpm = rows[rows["sampler"] == "DDPM"]
+    scores = {
+        "read_as_asked": "read as asked (%)",
+        "frechet": "Fréchet distance\n(lower is better)",
+        "diversity": "distance between two\ndigits of a class",
+    }
+    title = f"Digits from noise: guidance and steps ({real['n']:,} digits a point, seed 0)"
+    by_guidance = ddim[ddim["n_steps"] == N_STEPS].sort_values("guidance")
+    by_steps = ddim[ddim["guidance"] == GUIDANCE].sort_values("n_steps")
+    size = {"width": 13, "height": 7.5, "sharey": "col"}
+    with metrics.picture(path, title, 2, 3, **size) as panels:
+        for column, (score, label) in enumerate(scores.items()):
+            factor = 100 if score == "read_as_asked" else 1
+            for axes, found, x in (
+                (panels[0, column], by_guidance, "guidance"),
+                (panels[1, column], by_steps, "n_steps"),
+            ):
+                style = {"marker": "o", "color": metrics.COLORS[0], "label": "DDIM"}
+                axes.plot(found[x], factor * found[score], **style)
+                level = {"color": "0.4", "linestyle": ":", "label": "real test digits"}
+                axes.axhline(factor * real[score], **level)
+                axes.set(xlabel="guidance w" if x == "guidance" else "steps", ylabel=label)
+            if len(ddpm):
+                last = {"color": metrics.COLORS[1], "marker": "s", "label": "DDPM"}
+                last["linestyle"] = "none"
+                panels[1, column].plot(ddpm["n_steps"], factor * ddpm[score], **last)
+            metrics.log_scale(panels[1, column].xaxis, pd.Series([1.0, 1000.0]))
+        panels[0, 0].set_title(f"{N_STEPS} steps", loc="left")
+        panels[1, 0].set_title(f"guidance w = {GUIDANCE:g}", loc="left")
+        metrics.legend_beside(panels[1, 2])
+
+
+def draw_history(path: Path, history: pd.DataFrame) -> None:
+    """How the noise loss of the digits falls, and how the IoU of the three networks rises."""
+    title = "The course of training\n(IoU: mean, lowest and highest of the seeds)"
+    with metrics.picture(path, title, n_columns=2, width=14) as (left, right):
+        digits = history[history["experiment"] == "digits"]
+        for column, name, color in (
+            ("train_loss", "training digits", metrics.COLORS[0]),
+            ("val_loss", "validation digits,\naveraged weights", metrics.COLORS[1]),
+        ):
+            left.plot(digits["step"], digits[column], color=color, label=name)
+        metrics.log_scale(left.yaxis, digits["train_loss"])
+        left.set(xlabel="training step", ylabel="error of the predicted noise (log scale)")
+        left.legend()
+        scenes = history[history["experiment"] == "segmentation"]
+        colors = metrics.colors_of(list(SEGMENTERS), ordered=False)
+        for value, rows in scenes.groupby("value", sort=False):
+            rows = rows.assign(percent=100 * rows["val_iou"])
+            style = {"errorbar": ("pi", 100), "color": colors[value], "label": value}
+            metrics.draw_line(right, rows, "step", "percent", **style)
+        right.set(xlabel="training step", ylabel="IoU on validation scenes (%)")
+        metrics.legend_beside(right)
+
+
+def draw_segmented(path: Path, models: dict[str, UNet], scenes: Scenes) -> None:
+    """A row an image: what is seen, what is asked for, and what each network marks, with IoU."""
+    n = len(scenes.labels)
+    title = "Which pixels belong to the digit that is asked for? (seed 0, validation digits)"
+    columns = 2 + len(models)
+    with metrics.picture(
+        path, title, n, columns, width=2.6 * columns, height=1.9 * n + 0.8
+    ) as panels:
+        for i, label in enumerate(scenes.labels.tolist()):
+            draw_image(panels[i, 0], scenes.images[i, 0], "image" if i == 0 else "")
+            draw_image(panels[i, 1], scenes.targets[i, 0], "target" if i == 0 else "")
+            panels[i, 0].set_ylabel(f"asked: {label}")
+        for column, (name, model) in enumerate(models.items(), 2):
+            predicted = segmented(model, scenes)
+            scores = iou(predicted, scenes.targets).tolist()
+            for i, score in enumerate(scores):
+                draw_image(panels[i, column], predicted[i, 0], name if i == 0 else "")
+                panels[i, column].set_xlabel(f"IoU {100 * score:.0f} %", fontsize=11)
 
 
 # ---- The program ----------------------------------------------------------------------------
@@ -1144,13 +1282,49 @@ def main(
 
 def show(out: Path, data_dir: Path) -> None:
     """The tables that are saved, and pictures of what the saved networks do."""
+    data = load_digits(data_dir)
+    show_segmenters(out, data.val)
     runs = metrics.load_rows(out / "diffusion_runs.csv")
-    samples = metrics.load_rows(out / "diffusion_samples.csv")
     scenes = runs[runs["experiment"] == "segmentation"]
     if len(scenes):
-        print(f"\nThe digit that is asked for, in clutter, n seeds:\n{segmentation_table(scenes)}")
+        table = segmentation_table(scenes)
+        (out / "diffusion_segmentation.md").write_text(table + "\n", encoding="utf-8")
+        print(f"\nThe digit that is asked for, in scenes of test digits, n seeds:\n{table}")
+    history = metrics.load_rows(out / "diffusion_history.csv")
+    if {"digits", "segmentation"} <= set(history["experiment"]):
+        draw_history(out / "diffusion_history.png", history)
+    samples = metrics.load_rows(out / "diffusion_samples.csv")
     if len(samples):
-        print(f"\nDigits from noise, seed 0:\n{samples_table(samples)}")
+        table = samples_table(samples)
+        (out / "diffusion_samples.md").write_text(table + "\n", encoding="utf-8")
+        print(f"\nDigits from noise, seed 0:\n{table}")
+        draw_samples(out / "diffusion_samples.png", samples)
+    model = load_weights(weights_file(out, all_runs()[0]))
+    mixed = first_of_each_class(data.val, 10)
+    drawn = draw_way(out / "diffusion_way.png", model, Split(mixed.images[2:], mixed.labels[2:]))
+    print("\nTen digits, drawn now (DDIM, 50 steps):")
+    print(as_text(drawn[:5]))
+    print(as_text(drawn[5:]))
+
+
+def show_segmenters(out: Path, digits: Split) -> None:
+    """The picture of what the segmenting networks of seed 0 mark in six scenes."""
+    models = {}
+    for run in all_runs():
+        path = weights_file(out, run)
+        if run.experiment == "segmentation" and run.recipe.seed == 0 and path.exists():
+            models[run.value] = load_weights(path)
+    if models:
+        scenes = draw_scenes(digits, 6, torch.Generator().manual_seed(1))
+        draw_segmented(out / "diffusion_segmented.png", models, scenes)
+
+
+def as_text(images: Tensor) -> str:
+    """Images (N, 28, 28) of 0 … 1 side by side as text, two pixels' mean a letter."""
+    rows = torch.cat(list(images), 1)  # (28, 28 · N)
+    rows = F.avg_pool2d(rows[None], (2, 1))[0]
+    letters = " .:-=+*#%@"
+    return "\n".join("".join(letters[int(9.99 * p)] for p in row) for row in rows.tolist())
 
 
 if __name__ == "__main__":
