@@ -566,7 +566,7 @@ def draw_strokes(n: int, device, generator) -> Tensor:
     along = along.clamp(min=0).minimum(length[:, :, None, None])
     nearest = along[..., None] * direction[:, :, None, None, :]
     distance = (from_start - nearest).norm(dim=-1)  # of each pixel from each stroke
-    return (2.2 - distance).clamp(0, 1).amax(1)
+    return (2.0 - distance).clamp(0, 1).amax(1)
 
 
 # ---- Training -------------------------------------------------------------------------------

@@ -451,7 +451,7 @@ def test_strokes_are_those_of_a_plain_loop():
             points = start[image, stroke] + along * length[image, stroke] * direction
             distances = (points - torch.tensor([row, column])).norm(dim=1)
             nearest = min(nearest, distances.min().item())
-        expected = min(max(2.2 - nearest, 0), 1)
+        expected = min(max(2.0 - nearest, 0), 1)
         assert found[image, row, column].item() == pytest.approx(expected, abs=0.02)
 
 
