@@ -618,7 +618,7 @@ DIGITS = Recipe(
     n_heads=4,
     lr=2e-3,
     batch_size=512,
-    n_steps=4000,
+    n_steps=5000,
     ema=0.999,
     n_judged=5000,
 )
