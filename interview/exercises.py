@@ -33,6 +33,7 @@ TRANSFORMER = "Encoder and decoder (编码器与解码器)"
 DECODING = "Decoding and language models (解码与语言模型)"
 OPTIMIZERS = "Optimizers (优化器)"
 PARALLEL = "Parallel training (并行训练)"
+DIFFUSION = "Diffusion and U-Net (扩散模型与 U-Net)"
 CLASSICAL = "Classical machine learning (经典机器学习)"
 PUZZLES = "Small programs (小题)"
 TOPICS = (
@@ -46,6 +47,7 @@ TOPICS = (
     DECODING,
     OPTIMIZERS,
     PARALLEL,
+    DIFFUSION,
     CLASSICAL,
     PUZZLES,
 )
@@ -2503,6 +2505,295 @@ def bubble_cases():
         inputs = {"n_stages": n_stages, "n_micro": n_micro}
         what = f"{n_stages} stages, {n_micro} micro-batches"
         yield Case(what, inputs, float((clocks - n_micro) / clocks))
+
+
+# ---- Diffusion and U-Net --------------------------------------------------------------------
+
+ALPHA_BARS = torch.tensor([1.0, 0.9, 0.7, 0.4, 0.1, 0.02], dtype=torch.float64)
+
+
+def noised_one_by_one(x_0, t, noise, alpha_bars):
+    images = []
+    for image, time, of_image in zip(x_0, t.tolist(), noise, strict=True):
+        left = alpha_bars[time]
+        images.append(left**0.5 * image + (1 - left) ** 0.5 * of_image)
+    return torch.stack(images)
+
+
+@exercise(
+    "interview/diffusion.py",
+    "add_noise",
+    DIFFUSION,
+    1,
+    "Draw x_t of a diffusion model in one step. Why is that possible?",
+    "手写扩散模型的一步加噪。为什么可以一步得到 x_t？",
+    (
+        "Sums of normal numbers are normal: all steps are one. (正态之和仍是正态)",
+        "x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε, every image with its own t",
+        "alpha_bar = alpha_bars[t].view(-1, *[1] * (x_0.ndim - 1))",
+    ),
+)
+def add_noise_cases():
+    for what, shape, times in (
+        ("numbers", (3,), [1, 5, 3]),
+        ("images, each with its own time", (2, 1, 3, 4), [4, 2]),
+        ("time 0: nothing is added", (2, 3), [0, 5]),
+    ):
+        inputs = {"x_0": draw(*shape), "t": torch.tensor(times), "noise": draw(*shape, seed=1)}
+        inputs["alpha_bars"] = ALPHA_BARS
+        yield against(what, noised_one_by_one, **inputs)
+
+
+def loss_and_gradient(solution, factor, **inputs) -> dict:
+    """The loss of the predictor x_t · factor · t, and its gradient in the factor."""
+    factor = factor.clone().requires_grad_()
+
+    def predict(x_t, t):
+        return x_t * factor * t.view(-1, *[1] * (x_t.ndim - 1))
+
+    loss = solution(predict, **inputs)
+    return {"loss": loss} | gradients_of(loss, {"what it predicts": factor})
+
+
+@exercise(
+    "interview/diffusion.py",
+    "noise_loss",
+    DIFFUSION,
+    2,
+    "What does the network of DDPM predict, and what is its loss?",
+    "DDPM 的网络预测什么？损失是什么？",
+    (
+        "Hide the image under noise, and let the network say which noise. (预测噪声)",
+        "x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε; L = mean of (ε − ε_θ(x_t, t))²",
+        "x_t = add_noise(x_0, t, noise, alpha_bars)",
+    ),
+)
+def noise_loss_cases():
+    def oracle(predict, x_0, t, noise, alpha_bars):
+        x_t = noised_one_by_one(x_0, t, noise, alpha_bars)
+        return F.mse_loss(predict(x_t, t), noise)
+
+    for shape, times in (((2, 3), [1, 4]), ((3, 1, 2, 4), [5, 2, 3])):
+        inputs = {"x_0": draw(*shape), "t": torch.tensor(times), "noise": draw(*shape, seed=1)}
+        inputs |= {"alpha_bars": ALPHA_BARS, "factor": draw(1, seed=2)}
+        yield against(f"shape {shape}", oracle, loss_and_gradient, tolerance=1e-5, **inputs)
+
+
+def before_by_bayes(x_t, x_0, left, left_before):
+    """Mean and variance of x_s given x_t and x_0: precisions add, means are weighed by them."""
+    alpha = left / left_before
+    from_x_0 = 1 / (1 - left_before)
+    from_x_t = alpha / (1 - alpha)
+    weighed = from_x_0 * left_before**0.5 * x_0 + from_x_t * x_t / alpha**0.5
+    return weighed / (from_x_0 + from_x_t), 1 / (from_x_0 + from_x_t)
+
+
+def stepped(solution, z, **inputs):
+    """The result and its gradients; the fresh noise goes by name."""
+    if z is None:
+        return with_gradients(solution, **inputs)
+    return with_gradients(partial(solution, z=z), **inputs)
+
+
+@exercise(
+    "interview/diffusion.py",
+    "ddim_step",
+    DIFFUSION,
+    2,
+    "Write a step of DDIM. What do η = 0 and η = 1 mean?",
+    "手写 DDIM 的一步采样。η = 0 和 η = 1 各表示什么？",
+    (
+        "The noise tells x_0; then add noise again, but less: the same, or in part fresh. "
+        "(先估计 x_0，再加回较少的噪声)",
+        "x_0 = (x_t − √(1 − ᾱ_t) ε) / √ᾱ_t; x_s = √ᾱ_s x_0 + √(1 − ᾱ_s − σ²) ε + σ z; "
+        "σ² = η² (1 − ᾱ_s)/(1 − ᾱ_t) (1 − ᾱ_t/ᾱ_s)",
+        "x_0 = (x_t - math.sqrt(1 - alpha_bar) * noise) / math.sqrt(alpha_bar)",
+    ),
+)
+def ddim_step_cases():
+    def straight(x_t, noise, alpha_bar, alpha_bar_next, **_):
+        x_0 = (x_t - (1 - alpha_bar) ** 0.5 * noise) / alpha_bar**0.5
+        t = torch.zeros(len(x_0), dtype=torch.long)
+        left = torch.tensor([alpha_bar_next], dtype=torch.float64)
+        return noised_one_by_one(x_0, t, noise, left)
+
+    def with_fresh_noise(x_t, noise, alpha_bar, alpha_bar_next, eta, z):
+        x_0 = (x_t - (1 - alpha_bar) ** 0.5 * noise) / alpha_bar**0.5
+        mean, variance = before_by_bayes(x_t, x_0, alpha_bar, alpha_bar_next)
+        return mean + variance**0.5 * z
+
+    def clipped(x_t, noise, alpha_bar, alpha_bar_next, clip):
+        x_0 = ((x_t - (1 - alpha_bar) ** 0.5 * noise) / alpha_bar**0.5).clamp(-1, 1)
+        rest = x_t - alpha_bar**0.5 * x_0
+        return alpha_bar_next**0.5 * x_0 + ((1 - alpha_bar_next) / (1 - alpha_bar)) ** 0.5 * rest
+
+    images = {"x_t": draw(2, 1, 3, 4), "noise": draw(2, 1, 3, 4, seed=1)}
+    near = {"alpha_bar": 0.4, "alpha_bar_next": 0.7}
+    far = {"alpha_bar": 0.02, "alpha_bar_next": 0.9}
+    last = {"alpha_bar": 0.9, "alpha_bar_next": 1.0}
+    yield against("η = 0", straight, stepped, z=None, **images, **near)
+    yield against("η = 0, many steps at once", straight, stepped, z=None, **images, **far)
+    yield against("the last step gives x_0", straight, stepped, z=None, **images, **last)
+    z = draw(2, 1, 3, 4, seed=2)
+    yield against("η = 1 is DDPM", with_fresh_noise, stepped, z=z, **images, **near, eta=1.0)
+    yield against("x_0 clipped to −1 … 1", clipped, stepped, z=None, **images, **near, clip=True)
+
+
+@exercise(
+    "interview/diffusion.py",
+    "guidance",
+    DIFFUSION,
+    1,
+    "Write classifier-free guidance. What does a large weight cost?",
+    "手写无分类器引导。权重太大有什么代价？",
+    (
+        "Go further in the direction that the label points to. (沿条件方向外推)",
+        "ε = ε_∅ + w (ε_c − ε_∅): w = 0 no label, w = 1 the conditional model",
+        "difference = conditional - unconditional",
+    ),
+)
+def guidance_cases():
+    def oracle(conditional, unconditional, weight):
+        return weight * conditional + (1 - weight) * unconditional
+
+    for weight in (0.0, 1.0, 3.5):
+        inputs = {"conditional": draw(2, 3), "unconditional": draw(2, 3, seed=1)}
+        yield against(f"w = {weight:g}", oracle, with_gradients, **inputs, weight=weight)
+
+
+@exercise(
+    "interview/diffusion.py",
+    "time_embedding",
+    DIFFUSION,
+    2,
+    "Tell a network the time as sines and cosines.",
+    "手写时间的正弦编码。",
+    (
+        "Waves of many lengths, as the hands of a clock. (许多不同频率的正弦和余弦)",
+        "angle_i = t / 10,000^(2i / d); sin and cos of each in turn, (B, d)",
+        "exponents = torch.arange(0, d, 2) / d",
+    ),
+)
+def time_embedding_cases():
+    for d, times in ((2, [0, 1, 5]), (6, [3, 1000]), (8, [10, 20, 30, 40, 50])):
+        rows = []
+        for t in times:
+            angles = [t / 10_000 ** (2 * i / d) for i in range(d // 2)]
+            rows.append([wave(angle) for angle in angles for wave in (math.sin, math.cos)])
+        inputs = {"t": torch.tensor(times), "d": d}
+        yield Case(f"{d = }", inputs, torch.tensor(rows), tolerance=1e-3)
+
+
+def mask_cases(score) -> Iterator[Case]:
+    """Masks of several images, and where nothing is predicted or nothing is there."""
+    for what, shape in (("one image", (1, 3, 4)), ("images", (4, 1, 5, 3))):
+        predicted, target = draw(*shape) > 0, draw(*shape, seed=1) > 0.3
+        pairs = zip(predicted.flatten(1), target.flatten(1), strict=True)
+        expected = torch.tensor([score(true, found) for found, true in pairs])
+        inputs = {"predicted": predicted, "target": target}
+        yield Case(what, inputs, expected, tolerance=1e-6)
+    ends = torch.tensor([[True] * 3, [False] * 3, [False] * 3])
+    inputs = {"predicted": torch.zeros(3, 3, dtype=torch.bool), "target": ends}
+    yield Case("nothing predicted; two empty masks agree", inputs, torch.tensor([0.0, 1.0, 1.0]))
+
+
+@exercise(
+    "interview/diffusion.py",
+    "iou",
+    DIFFUSION,
+    1,
+    "Intersection over union of masks, one number an image.",
+    "手写分割的 IoU，每张图一个数。",
+    (
+        "Pixels in both, over pixels in at least one. (交集除以并集)",
+        "IoU = |A ∩ B| / (|A| + |B| − |A ∩ B|); of two empty masks 1",
+        "both = (predicted & target).flatten(1).sum(1)",
+    ),
+)
+def iou_cases():
+    from sklearn.metrics import jaccard_score
+
+    yield from mask_cases(jaccard_score)
+
+
+@exercise(
+    "interview/diffusion.py",
+    "dice",
+    DIFFUSION,
+    1,
+    "The Dice score of masks. How does it follow from IoU?",
+    "手写 Dice 系数。它与 IoU 是什么关系？",
+    (
+        "It is F1 of the pixels: 2 IoU / (1 + IoU). (像素的 F1)",
+        "Dice = 2 |A ∩ B| / (|A| + |B|); of two empty masks 1",
+        "both = (predicted & target).flatten(1).sum(1)",
+    ),
+)
+def dice_cases():
+    from sklearn.metrics import f1_score
+
+    yield from mask_cases(f1_score)
+
+
+@exercise(
+    "interview/diffusion.py",
+    "dice_loss",
+    DIFFUSION,
+    2,
+    "Write a Dice loss from logits. Why is cross-entropy added to it?",
+    "由 logits 手写 Dice 损失。为什么还要加上交叉熵？",
+    (
+        "Probabilities in place of masks make Dice smooth. (用概率代替掩码)",
+        "1 − mean over images of (2 Σ p y + smooth) / (Σ p + Σ y + smooth)",
+        "probabilities = logits.sigmoid().flatten(1)",
+    ),
+)
+def dice_loss_cases():
+    def oracle(logits, target, smooth=1.0):
+        losses = []
+        for scores, truth in zip(logits, target, strict=True):
+            p = 1 / (1 + torch.exp(-scores))
+            both = p[truth].sum()
+            losses.append((p.sum() + truth.sum() - 2 * both) / (p.sum() + truth.sum() + smooth))
+        return torch.stack(losses).mean()
+
+    for what, shape, options in (
+        ("one image", (1, 2, 3), {}),
+        ("images", (3, 1, 2, 4), {}),
+        ("smooth 0.5", (2, 5), {"smooth": 0.5}),
+    ):
+        inputs = {"logits": draw(*shape), "target": draw(*shape, seed=1) > 0}
+        yield against(what, oracle, with_gradients, **inputs, **options)
+
+
+@exercise(
+    "interview/diffusion.py",
+    "frechet_distance",
+    DIFFUSION,
+    2,
+    "How good are generated images? Write the Fréchet distance of features (FID).",
+    "怎样评价生成的图像？手写特征的 Fréchet 距离（FID）。",
+    (
+        "Take both sets of features as normal, and compare means and covariances. "
+        "(比较两个正态分布)",
+        "‖μ_a − μ_b‖² + tr(Σ_a + Σ_b − 2 (Σ_a Σ_b)^½); the trace of the root is the sum of the "
+        "roots of the eigenvalues of Σ_a Σ_b",
+        "cov_a, cov_b = a.mT.cov(), b.mT.cov()",
+    ),
+)
+def frechet_distance_cases():
+    from scipy import linalg
+
+    for what, a, b in (
+        ("the same features", draw(6, 2), draw(6, 2)),
+        ("moved by 1", draw(7, 3), draw(7, 3) + 1),
+        ("other covariances", draw(9, 3), 2 * draw(8, 3, seed=1) @ draw(3, 3, seed=2)),
+    ):
+        cov_a, cov_b = np.cov(a.numpy().T), np.cov(b.numpy().T)
+        root = linalg.sqrtm(cov_a @ cov_b).real
+        expected = (a.mean(0) - b.mean(0)).square().sum().item()
+        expected += np.trace(cov_a + cov_b - 2 * root)
+        yield Case(what, {"a": a, "b": b}, float(expected), tolerance=1e-6)
 
 
 # ---- Classical machine learning -------------------------------------------------------------
