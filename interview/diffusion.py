@@ -2,9 +2,9 @@
 
     python -m interview.diffusion               ten digits from the weights, and the tables: 1 min
     python -m interview.diffusion --train       trains first what is not saved yet: minutes on a
-                                                large GPU (--workers 3), more than a day on a CPU
+                                                large GPU (--workers 3), days on a CPU
     python -m interview.diffusion --evaluate    measures the digits again: a minute on such a GPU,
-                                                hours on a CPU
+                                                a day on a CPU
     python -m interview.diffusion --out DIR     the same into and from DIR
 
 Read `add_noise`, `noise_loss` and `ddim_step` first: they are the whole idea. Then `UNet.forward`.
@@ -1053,8 +1053,15 @@ def evaluate_all(out: Path, data_dir: Path, cnn_file: Path, device: str, smoke: 
         metrics.replace_rows(out, {"diffusion_samples": [row]}, order)
         words = f"{100 * row['read_as_asked']:.1f} % read as asked, {row['seconds']:.1f} s"
         print(f"  {name_of(setting)}: {words}", flush=True)
-        drawn[name_of(setting)] = images[:20]
-        draw_drawn(out / "diffusion_digits.png", drawn)
+        drawn[name_of(setting)] = images
+        save_drawn(out / "diffusion_drawn.pt", drawn)
+
+
+def save_drawn(path: Path, drawn: dict[str, Tensor], n: int = 20) -> None:
+    """The first n digits of each setting, pixels of 0 … 255, for the picture of them."""
+    few = {name: (255 * images[:n]).round().byte().cpu() for name, images in drawn.items()}
+    with metrics.written_aside(path) as aside:
+        torch.save(few, aside)
 
 
 def name_of(setting: Setting) -> str:
@@ -1100,14 +1107,13 @@ def draw_image(axes, image: Tensor, title: str = "") -> None:
         axes.set_title(title, fontsize=11)
 
 
-def draw_drawn(path: Path, drawn: dict[str, Tensor], n: int = 20) -> None:
-    """The first n digits of each setting {name: (N, 28, 28)}, a row each; labels go 0, 1, … 9."""
+def draw_drawn(path: Path, drawn: dict[str, Tensor]) -> None:
+    """A row of digits for each setting {name: (N, 28, 28)}, pixels of 0 … 255."""
     title = "Digits from noise: in every row the same noise and the same labels 0 … 9"
-    with metrics.picture(
-        path, title, len(drawn), 1, width=12, height=0.72 * len(drawn) + 0.8, squeeze=False
-    ) as panels:
+    size = {"width": 12, "height": 0.72 * len(drawn) + 0.8, "squeeze": False}
+    with metrics.picture(path, title, len(drawn), 1, **size) as panels:
         for axes, (name, images) in zip(panels[:, 0], drawn.items(), strict=True):
-            draw_image(axes, torch.cat(list(images[:n].float()), 1))  # (28, 28 · n)
+            draw_image(axes, torch.cat(list(images / 255), 1))  # (28, 28 · N)
             axes.set_ylabel(name, rotation=0, ha="right", va="center")
 
 
@@ -1115,69 +1121,70 @@ SHOWN = (1000, 800, 600, 400, 200, 100, 0)  # times in the picture of the way
 
 
 def draw_way(path: Path, model: UNet, digits: Split) -> Tensor:
-    """Digits become noise (above) and noise becomes digits (below); gives the ten new digits."""
-    schedule = linear_schedule()
-    real = 2 * digits.images[:3] - 1
+    """Three digits become noise, and noise becomes digits of their classes; gives ten new digits.
+
+    digits: three real ones, pixels of 0 … 1. The new ones have the classes 0 … 9.
+    """
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(real.shape, generator=generator)
-    labels = torch.arange(N_CLASSES)
-    states = {}
-    drawn = draw_digits(
-        model,
-        labels,
-        Setting("DDIM", N_STEPS, GUIDANCE),
-        on_step=lambda t, x: states.update({t: x[:, 0]}),
-    )
-    shown = ("7", "2", "3")
+    noise = torch.randn(digits.images.shape, generator=generator)
+    alpha_bars = linear_schedule().alpha_bars
+    states = {}  # time -> x_t of all ten
+
+    def keep(t: int, x_t: Tensor) -> None:
+        states[t] = x_t[:, 0]
+
+    setting = Setting("DDIM", N_STEPS, GUIDANCE)
+    drawn = draw_digits(model, torch.arange(N_CLASSES), setting, on_step=keep)
     title = "Above: digits become noise. Below: noise becomes the digits asked for (DDIM, 50 steps)"
-    with metrics.picture(path, title, 6, len(SHOWN), width=11, height=10) as panels:
-        for i, label in enumerate(digits.labels[:3].tolist()):
-            for axes, t in zip(panels[i], reversed(SHOWN), strict=True):
-                times = torch.full((3,), t)
-                x_t = add_noise(real, times, noise, schedule.alpha_bars)[i]
-                draw_image(axes, (x_t + 1) / 2, f"t = {t}" if i == 0 else "")
+    n = len(digits.labels)
+    with metrics.picture(path, title, 2 * n, len(SHOWN), width=11, height=10) as panels:
+        for column, t in enumerate(SHOWN):
+            to_noise = panels[:n, -1 - column]  # time runs to the right, here upwards
+            to_digit = panels[n:, column]
+            times = torch.full((n,), t)
+            noised = add_noise(2 * digits.images - 1, times, noise, alpha_bars)  # (n, 28, 28)
+            for i, label in enumerate(digits.labels.tolist()):
+                draw_image(to_noise[i], (noised[i] + 1) / 2, f"t = {t}" if i == 0 else "")
+                draw_image(to_digit[i], (states[t][label] + 1) / 2, f"t = {t}" if i == 0 else "")
+        for i, label in enumerate(digits.labels.tolist()):
             panels[i, 0].set_ylabel(f"a real {label}")
-        for row, label in zip(panels[3:], map(int, shown), strict=True):
-            for axes, t in zip(row, SHOWN, strict=True):
-                draw_image(axes, (states[t][label] + 1) / 2, f"t = {t}" if row is panels[3] else "")
-            row[0].set_ylabel(f"asked: {label}")
+            panels[n + i, 0].set_ylabel(f"asked: {label}")
     return drawn
+
+
+MEASURED = {  # column of diffusion_samples.csv: its name and unit
+    "read_as_asked": "read as asked (%)",
+    "frechet": "Fréchet distance\n(log scale, lower is better)",
+    "diversity": "distance between two\ndigits of a class",
+}
 
 
 def draw_samples(path: Path, rows: pd.DataFrame) -> None:
     """Above: what guidance changes. Below: what the number of steps changes."""
+    rows = rows.assign(read_as_asked=100 * rows["read_as_asked"])
     real = rows[rows["experiment"] == "real"].iloc[0]
     ddim = rows[rows["sampler"] == "DDIM"]
     ddpm = rows[rows["sampler"] == "DDPM"]
-    scores = {
-        "read_as_asked": "read as asked (%)",
-        "frechet": "Fréchet distance\n(lower is better)",
-        "diversity": "distance between two\ndigits of a class",
-    }
-    title = f"Digits from noise: guidance and steps ({real['n']:,} digits a point, seed 0)"
     by_guidance = ddim[ddim["n_steps"] == N_STEPS].sort_values("guidance")
     by_steps = ddim[ddim["guidance"] == GUIDANCE].sort_values("n_steps")
+    title = f"Digits from noise: guidance and steps ({real['n']:,} digits a point, seed 0)"
     size = {"width": 13, "height": 7.5, "sharey": "col"}
-    with metrics.picture(path, title, 2, 3, **size) as panels:
-        for column, (score, label) in enumerate(scores.items()):
-            factor = 100 if score == "read_as_asked" else 1
-            for axes, found, x in (
-                (panels[0, column], by_guidance, "guidance"),
-                (panels[1, column], by_steps, "n_steps"),
-            ):
-                style = {"marker": "o", "color": metrics.COLORS[0], "label": "DDIM"}
-                axes.plot(found[x], factor * found[score], **style)
-                level = {"color": "0.4", "linestyle": ":", "label": "real test digits"}
-                axes.axhline(factor * real[score], **level)
-                axes.set(xlabel="guidance w" if x == "guidance" else "steps", ylabel=label)
-            if len(ddpm):
-                last = {"color": metrics.COLORS[1], "marker": "s", "label": "DDPM"}
-                last["linestyle"] = "none"
-                panels[1, column].plot(ddpm["n_steps"], factor * ddpm[score], **last)
-            metrics.log_scale(panels[1, column].xaxis, pd.Series([1.0, 1000.0]))
-        panels[0, 0].set_title(f"{N_STEPS} steps", loc="left")
-        panels[1, 0].set_title(f"guidance w = {GUIDANCE:g}", loc="left")
-        metrics.legend_beside(panels[1, 2])
+    line = {"marker": "o", "color": metrics.COLORS[0], "label": "DDIM"}
+    point = {"marker": "s", "color": metrics.COLORS[1], "label": "DDPM", "linestyle": "none"}
+    with metrics.picture(path, title, 2, len(MEASURED), **size) as panels:
+        for (above, below), (score, label) in zip(panels.T, MEASURED.items(), strict=True):
+            above.plot(by_guidance["guidance"], by_guidance[score], **line)
+            below.plot(by_steps["n_steps"], by_steps[score], **line)
+            below.plot(ddpm["n_steps"], ddpm[score], **point)
+            metrics.log_scale(below.xaxis, rows["n_steps"])
+            below.set_xticks([5, 20, 100, 1000])
+            above.set(xlabel="guidance w", ylabel=label, title=f"{N_STEPS} steps")
+            below.set(xlabel="steps (log scale)", ylabel=label, title=f"w = {GUIDANCE:g}")
+            for axes in (above, below):
+                axes.axhline(real[score], color="0.4", linestyle=":", label="real test digits")
+                if score == "frechet":
+                    metrics.log_scale(axes.yaxis, rows[score])
+        metrics.legend_beside(panels[1, -1])
 
 
 def draw_history(path: Path, history: pd.DataFrame) -> None:
@@ -1226,6 +1233,56 @@ def draw_segmented(path: Path, models: dict[str, UNet], scenes: Scenes) -> None:
 # ---- The program ----------------------------------------------------------------------------
 
 
+def show(out: Path, data_dir: Path) -> None:
+    """The tables that are saved, and pictures of what the saved networks do."""
+    data = load_digits(data_dir)
+    show_segmenters(out, data.val)
+    runs = metrics.load_rows(out / "diffusion_runs.csv")
+    scenes = runs[runs["experiment"] == "segmentation"]
+    if len(scenes):
+        table = segmentation_table(scenes)
+        (out / "diffusion_segmentation.md").write_text(table + "\n", encoding="utf-8")
+        print(f"\nThe digit that is asked for, in scenes of test digits, n seeds:\n{table}")
+    history = metrics.load_rows(out / "diffusion_history.csv")
+    if {"digits", "segmentation"} <= set(history["experiment"]):
+        draw_history(out / "diffusion_history.png", history)
+    samples = metrics.load_rows(out / "diffusion_samples.csv")
+    if len(samples):
+        table = samples_table(samples)
+        (out / "diffusion_samples.md").write_text(table + "\n", encoding="utf-8")
+        print(f"\nDigits from noise, seed 0:\n{table}")
+        draw_samples(out / "diffusion_samples.png", samples)
+    if (out / "diffusion_drawn.pt").exists():
+        drawn = torch.load(out / "diffusion_drawn.pt", weights_only=True)
+        draw_drawn(out / "diffusion_digits.png", drawn)
+    model = load_weights(weights_file(out, all_runs()[0]))
+    mixed = first_of_each_class(data.val, 10)
+    ten = draw_way(out / "diffusion_way.png", model, Split(mixed.images[2:5], mixed.labels[2:5]))
+    print("\nTen digits, drawn now (DDIM, 50 steps):")
+    print(as_text(ten[:5]))
+    print(as_text(ten[5:]))
+
+
+def show_segmenters(out: Path, digits: Split) -> None:
+    """The picture of what the segmenting networks of seed 0 mark in six scenes."""
+    models = {}
+    for run in all_runs():
+        path = weights_file(out, run)
+        if run.experiment == "segmentation" and run.recipe.seed == 0 and path.exists():
+            models[run.value] = load_weights(path)
+    if models:
+        scenes = draw_scenes(digits, 6, torch.Generator().manual_seed(1))
+        draw_segmented(out / "diffusion_segmented.png", models, scenes)
+
+
+def as_text(images: Tensor) -> str:
+    """Images (N, 28, 28) of 0 … 1 side by side as text, two pixels' mean a letter."""
+    rows = torch.cat(list(images), 1)  # (28, 28 · N)
+    rows = F.avg_pool2d(rows[None], (2, 1))[0]
+    letters = " .:-=+*#%@"
+    return "\n".join("".join(letters[int(9.99 * p)] for p in row) for row in rows.tolist())
+
+
 def main(
     train: bool = False,
     evaluate: bool = False,
@@ -1244,14 +1301,15 @@ def main(
         evaluate: measure the digits again.
         workers: runs that are trained at the same time, each on one thread.
         smoke: tiny networks and few images, to see that everything runs.
-        device: what trains and measures; auto takes a GPU if there is one.
+        device: what trains and measures; auto takes a GPU if there is one. Pictures take the CPU.
         out: the folder that tables, pictures and weights go to and are read from.
         cnn: weights of convolution.py's network for MNIST; if not named, those in `out`.
         checkpoints: the folder for what an unfinished run needs to go on.
         data_dir: the folder that holds MNIST/raw.
     """
     print("Diffusion (扩散模型): digits from noise, and a U-Net that finds digits in clutter; a")
-    print("minute from what is saved; --train and --evaluate take minutes on a large GPU")
+    print("minute from what is saved; --train takes minutes on a large GPU and days on a CPU,")
+    print("--evaluate a minute and a day")
     torch.set_num_threads(1)
     weights = weights_file(out, all_runs()[0])
     try:
@@ -1278,53 +1336,6 @@ def main(
         return 130
     print(f"\ntables and pictures: {out}/diffusion_*")
     return 0
-
-
-def show(out: Path, data_dir: Path) -> None:
-    """The tables that are saved, and pictures of what the saved networks do."""
-    data = load_digits(data_dir)
-    show_segmenters(out, data.val)
-    runs = metrics.load_rows(out / "diffusion_runs.csv")
-    scenes = runs[runs["experiment"] == "segmentation"]
-    if len(scenes):
-        table = segmentation_table(scenes)
-        (out / "diffusion_segmentation.md").write_text(table + "\n", encoding="utf-8")
-        print(f"\nThe digit that is asked for, in scenes of test digits, n seeds:\n{table}")
-    history = metrics.load_rows(out / "diffusion_history.csv")
-    if {"digits", "segmentation"} <= set(history["experiment"]):
-        draw_history(out / "diffusion_history.png", history)
-    samples = metrics.load_rows(out / "diffusion_samples.csv")
-    if len(samples):
-        table = samples_table(samples)
-        (out / "diffusion_samples.md").write_text(table + "\n", encoding="utf-8")
-        print(f"\nDigits from noise, seed 0:\n{table}")
-        draw_samples(out / "diffusion_samples.png", samples)
-    model = load_weights(weights_file(out, all_runs()[0]))
-    mixed = first_of_each_class(data.val, 10)
-    drawn = draw_way(out / "diffusion_way.png", model, Split(mixed.images[2:], mixed.labels[2:]))
-    print("\nTen digits, drawn now (DDIM, 50 steps):")
-    print(as_text(drawn[:5]))
-    print(as_text(drawn[5:]))
-
-
-def show_segmenters(out: Path, digits: Split) -> None:
-    """The picture of what the segmenting networks of seed 0 mark in six scenes."""
-    models = {}
-    for run in all_runs():
-        path = weights_file(out, run)
-        if run.experiment == "segmentation" and run.recipe.seed == 0 and path.exists():
-            models[run.value] = load_weights(path)
-    if models:
-        scenes = draw_scenes(digits, 6, torch.Generator().manual_seed(1))
-        draw_segmented(out / "diffusion_segmented.png", models, scenes)
-
-
-def as_text(images: Tensor) -> str:
-    """Images (N, 28, 28) of 0 … 1 side by side as text, two pixels' mean a letter."""
-    rows = torch.cat(list(images), 1)  # (28, 28 · N)
-    rows = F.avg_pool2d(rows[None], (2, 1))[0]
-    letters = " .:-=+*#%@"
-    return "\n".join("".join(letters[int(9.99 * p)] for p in row) for row in rows.tolist())
 
 
 if __name__ == "__main__":

@@ -526,7 +526,17 @@ def test_the_moving_average_of_weights():
 
 
 @pytest.fixture(scope="module")
-def smoke(tmp_path_factory):
+def few_images():
+    """Every 50th image of each split, so that every class is there, in place of all of MNIST."""
+    data = stage1_mlp.load_data(ROOT / "data")
+    few = stage1_mlp.Data(*(stage1_mlp.Split(*(a[::50] for a in split)) for split in data))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage1_mlp, "load_data", lambda data_dir: few)
+        yield
+
+
+@pytest.fixture(scope="module")
+def smoke(few_images, tmp_path_factory):
     """A folder in which a tiny configuration was trained and measured."""
     out = tmp_path_factory.mktemp("diffusion")
     torch.manual_seed(0)
