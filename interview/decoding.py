@@ -377,7 +377,7 @@ def log_probabilities(step: Callable, tokens: Tensor, n_start: int, eos: int):
 
     Both (B,) float64; the plain model's sums, whatever drew the tokens.
     """
-    sums = torch.zeros(len(tokens), dtype=torch.float64)
+    sums = torch.zeros(len(tokens), dtype=torch.float64, device=tokens.device)
     lengths = torch.zeros_like(sums)
     for place in range(n_start, tokens.shape[1]):
         counts = tokens[:, place - 1] != eos  # (B,) else the text is over
