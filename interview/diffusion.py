@@ -29,6 +29,7 @@ the paper: x_0 is the image, x_T noise, T = 1,000, and tables of the schedule be
              「网络预测什么？损失是什么？」
    Idea      Draw an image, a time and noise; predict the noise: L = ‖ε − ε_θ(x_t, t)‖². It is the
              variational bound with the weights of its terms left out.
+   Cost      One pass of the network a batch; no sampling in training.
    追问      Why the noise and not x_0? Each follows from the other and x_t; the choice weighs the
              times differently. What is the best possible prediction? The mean of ε given x_t.
              Link to scores (分数)? ε_θ = −√(1 − ᾱ_t) ∇ log p(x_t).
@@ -81,6 +82,7 @@ the paper: x_0 is the image, x_T noise, T = 1,000, and tables of the schedule be
              「分割怎么评价？手写 IoU、Dice 和 Dice 损失。」
    Idea      IoU = |A ∩ B| / |A ∪ B|, Dice = 2 |A ∩ B| / (|A| + |B|) = 2 IoU / (1 + IoU), which is
              F1 of the pixels. The loss puts probabilities into Dice: 1 − 2 Σpy / (Σp + Σy).
+   Cost      O(pixels).
    追问      Why not accuracy? All-background is right on most pixels. Why cross-entropy too? Dice
              has a weak gradient where prediction and target do not meet.
    Mistakes  0 / 0 for two empty masks: they agree, 1. A mean over the batch's pixels when each
@@ -152,6 +154,9 @@ def noise_step(x: Tensor, t: Tensor, noise: Tensor, betas: Tensor) -> Tensor:
 
 def add_noise(x_0: Tensor, t: Tensor, noise: Tensor, alpha_bars: Tensor) -> Tensor:
     """All t steps at once: x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε. x_0 and noise (B, …), t (B,)."""
+    if noise.shape != x_0.shape:
+        shapes = f"{tuple(x_0.shape)} and {tuple(noise.shape)}"
+        raise ValueError(f"x_0 and noise of one shape expected, not {shapes}")
     alpha_bar = at_times(alpha_bars, t, x_0)
     return alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * noise
 
@@ -176,6 +181,8 @@ def clean_image(x_t: Tensor, noise: Tensor, alpha_bar: float, clip: bool = False
 
 def posterior(x_t: Tensor, x_0: Tensor, t: int, schedule: Schedule) -> tuple[Tensor, float]:
     """Mean and variance of q(x_{t−1} | x_t, x_0), by Bayes' rule (Ho 2020, eq. 7)."""
+    if not 1 <= t < len(schedule.betas):
+        raise ValueError(f"t must be a time of 1 … {len(schedule.betas) - 1}, not {t}")
     beta = schedule.betas[t].item()
     alpha = schedule.alphas[t].item()
     alpha_bar = schedule.alpha_bars[t].item()
@@ -205,6 +212,9 @@ def ddim_step(
     clip: bool = False,
 ) -> Tensor:
     """x_s from x_t, for any s < t with ᾱ_s = alpha_bar_next (Song 2021, eq. 12 and 16)."""
+    if not 0 < alpha_bar < alpha_bar_next <= 1 or not 0 <= eta <= 1:
+        wanted = "0 < alpha_bar < alpha_bar_next <= 1 and an eta of 0 … 1 expected"
+        raise ValueError(f"{wanted}, not {alpha_bar=}, {alpha_bar_next=} and {eta=}")
     x_0 = clean_image(x_t, noise, alpha_bar, clip)
     if clip:  # the noise that leads from the clipped image to x_t
         noise = (x_t - math.sqrt(alpha_bar) * x_0) / math.sqrt(1 - alpha_bar)
@@ -479,6 +489,9 @@ def dice_loss(logits: Tensor, target: Tensor, smooth: float = 1.0) -> Tensor:
 
     `smooth` is added above and below, so that empty masks have a loss and a gradient.
     """
+    if logits.shape != target.shape:
+        shapes = f"{tuple(logits.shape)} and {tuple(target.shape)}"
+        raise ValueError(f"logits and target of one shape expected, not {shapes}")
     probabilities = logits.sigmoid().flatten(1)
     target = target.to(logits.dtype).flatten(1)
     both = (probabilities * target).sum(1)
@@ -628,24 +641,24 @@ SEGMENTERS = {
     "one level": Recipe("scenes", (32,), lr=3e-3),  # never shrinks: sharp, but it sees little
 }
 SEEDS = (0, 1, 2)
-TINY = {"n_steps": 4, "batch_size": 6, "n_rounds": 2, "n_judged": 5}  # for --smoke
 
 
 def all_runs(smoke: bool = False) -> list[Run]:
-    """The longest first, so that no worker waits for it."""
+    """The longest first, so that no worker waits for it; smoke: tiny ones, of seed 0."""
     runs = [Run("digits", "U-Net", DIGITS)]
     for seed in SEEDS:
         for value, recipe in SEGMENTERS.items():
             runs.append(Run("segmentation", value, replace(recipe, seed=seed)))
     if not smoke:
         return runs
-    return [
-        run._replace(
-            recipe=replace(run.recipe, channels=(8, 16)[: len(run.recipe.channels)], **TINY)
-        )
-        for run in runs
-        if run.recipe.seed < 2
-    ]
+    return [run._replace(recipe=tiny(run.recipe)) for run in runs if run.recipe.seed == 0]
+
+
+def tiny(recipe: Recipe) -> Recipe:
+    """The same task for two levels at most of 8 and 16 channels, and four steps."""
+    channels = (8, 16)[: len(recipe.channels)]
+    sizes = {"n_steps": 4, "batch_size": 6, "n_rounds": 2, "n_judged": 5}
+    return replace(recipe, channels=channels, **sizes)
 
 
 def build(recipe: Recipe) -> UNet:

@@ -87,6 +87,8 @@ def test_every_image_has_a_time_of_its_own():
     assert torch.equal(found[1], x[1])  # at time 0 there is no noise
     with pytest.raises(ValueError, match=r"each of 3 images expected, not \(2,\)"):
         diffusion.add_noise(x, t[:2], noise, schedule.alpha_bars)
+    with pytest.raises(ValueError, match=r"one shape expected, not \(3, 4\) and \(3, 1\)"):
+        diffusion.add_noise(x, t, noise[:, :1], schedule.alpha_bars)
 
 
 def test_the_loss_and_its_gradient():
@@ -213,6 +215,26 @@ def test_the_times_of_ddim_fall_from_T_to_0(T, n_steps):
 def test_too_many_steps_are_refused():
     with pytest.raises(ValueError, match="n_steps must be at most T = 9, not 10"):
         diffusion.ddim_times(9, 10)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((0.5, 0.4), r"not alpha_bar=0\.5, alpha_bar_next=0\.4 and eta=0\.0"),  # to more noise
+        ((1.0, 1.0), r"not alpha_bar=1\.0, alpha_bar_next=1\.0"),
+        ((0.5, 0.6, 1.5), r"eta of 0 … 1 expected, .* eta=1\.5"),
+    ],
+)
+def test_steps_that_are_none_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        diffusion.ddim_step(torch.ones(2), torch.ones(2), *arguments)
+
+
+@pytest.mark.parametrize("t", [0, 10, -1])
+def test_the_posterior_has_times_1_to_T(t):
+    schedule = diffusion.linear_schedule(9, 0.1, 0.3)
+    with pytest.raises(ValueError, match=rf"t must be a time of 1 … 9, not {t}"):
+        diffusion.posterior(torch.ones(2), torch.ones(2), t, schedule)
 
 
 def test_samplers_show_every_state():
@@ -403,6 +425,8 @@ def test_the_dice_loss_is_that_of_soft_masks_and_its_gradient_is_right():
     assert torch.autograd.gradcheck(lambda z: diffusion.dice_loss(z, target), [logits])
     sure = torch.where(target, 50.0, -50.0).double()  # masks that are right: Dice is 1
     assert diffusion.dice_loss(sure, target, smooth=0).item() == pytest.approx(0)
+    with pytest.raises(ValueError, match=r"not \(3, 2, 4\) and \(3, 2, 1\)"):
+        diffusion.dice_loss(logits, target[..., :1])
     wrong = 1 - diffusion.dice(~target, target).mean()
     assert diffusion.dice_loss(-sure, target, smooth=0).item() == pytest.approx(wrong.item())
 
@@ -548,10 +572,10 @@ def smoke(few_images, tmp_path_factory):
 
 def test_training_and_measuring_save_rows_weights_and_pictures(smoke):
     runs = pd.read_csv(smoke / "diffusion_runs.csv")
-    assert runs["value"].tolist() == ["U-Net", *(n for n in diffusion.SEGMENTERS for _ in "01")]
+    assert runs["value"].tolist() == ["U-Net", *diffusion.SEGMENTERS]
     assert runs.loc[runs["experiment"] == "segmentation", "test_iou"].between(0, 1).all()
     history = pd.read_csv(smoke / "diffusion_history.csv")
-    assert history["step"].tolist() == [2, 4] * 7
+    assert history["step"].tolist() == [2, 4] * 4
     samples = pd.read_csv(smoke / "diffusion_samples.csv")
     assert samples["experiment"].tolist() == ["real", "drawn", "drawn", "drawn"]
     assert (samples["n"] == 20).all()
@@ -564,6 +588,16 @@ def test_training_and_measuring_save_rows_weights_and_pictures(smoke):
         assert (smoke / name).stat().st_size > 0
 
 
+def test_the_table_of_segmenters_is_over_seeds():
+    runs = pd.DataFrame({"value": ["U-Net"] * 3, "parameters": [1234] * 3})
+    table = diffusion.segmentation_table(
+        runs.assign(test_iou=[0.80, 0.82, 0.84], test_dice=[0.88, 0.9, 0.92])
+    )
+    half = 4.3027 * 2 / math.sqrt(3)  # the t value of 2 degrees of freedom
+    for cell in ("82.00 ± 2.00", f"{82 - half:.2f} … {82 + half:.2f}", "90.00 ± 2.00", "1,234"):
+        assert cell in table
+
+
 def test_what_is_trained_is_not_trained_again(smoke, capsys):
     assert diffusion.missing_runs(smoke, smoke=True) == []
     (smoke / "diffusion_segmentation_one_level.pt").unlink()
@@ -573,7 +607,7 @@ def test_what_is_trained_is_not_trained_again(smoke, capsys):
     diffusion.train_missing(smoke, ROOT / "data", 1, "cpu", smoke / "checkpoints", True)
     after = pd.read_csv(smoke / "diffusion_runs.csv")  # from the checkpoint: the same numbers
     pd.testing.assert_frame_equal(before, after)
-    assert "6 of 7 runs found, 1 to do" in capsys.readouterr().out
+    assert "3 of 4 runs found, 1 to do" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("task", ["digits", "scenes"])
