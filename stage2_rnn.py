@@ -49,7 +49,7 @@ import tyro
 from filelock import FileLock, Timeout
 from joblib.externals.loky import get_reusable_executor
 from PIL import Image, ImageFilter, ImageOps
-from scipy import ndimage
+from scipy import ndimage, stats
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -1466,7 +1466,7 @@ def share_table(rows: pd.DataFrame) -> str:
     for (cell, init), found in rows.groupby(["cell", "init"], sort=False):
         shares = found["share"]
         line = {"cell": CELL_NAMES[cell], "W_hh at the start": init}
-        line["share (geometric mean)"] = f"{np.exp(np.log(shares).mean()):.1e}"
+        line["share (geometric mean)"] = f"{stats.gmean(shares):.1e}"
         line["lowest … highest"] = f"{shares.min():.1e} … {shares.max():.1e}"
         table.append(line | {"n": str(len(shares))})
     return metrics.markdown(table)

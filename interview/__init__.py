@@ -2,6 +2,8 @@
 
 import numbers
 
+import torch
+
 import metrics  # noqa: F401 - before matplotlib: pictures go to files, whatever a notebook set
 
 
@@ -11,3 +13,10 @@ def check_whole(least: int = 1, /, **values) -> None:
         is_whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
         if not is_whole or value < least:
             raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
+
+
+def cuda_or_cpu(device: str) -> str:
+    """What "auto" stands for where float64 is needed, which Apple's GPUs do not have."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device

@@ -108,7 +108,7 @@ from torch.nn import functional as F
 
 import metrics
 import stage1_mlp
-from interview import check_whole, convolution
+from interview import check_whole, convolution, cuda_or_cpu
 from stage1_mlp import Data, Split
 from stage3_attention import MultiHeadAttention
 
@@ -1329,9 +1329,7 @@ def main(
         if smoke and out == FIGURES:
             raise ValueError(f"--smoke would write over {out}: name another folder by --out")
         with stage1_mlp.claimed(out):
-            if device == "auto":
-                device = "cuda" if torch.cuda.is_available() else "cpu"
-            device = stage1_mlp.device_of(device)
+            device = stage1_mlp.device_of(cuda_or_cpu(device))
             if train:
                 train_missing(out, data_dir, workers, device, checkpoints, smoke)
             if not weights.exists():

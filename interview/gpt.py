@@ -77,7 +77,7 @@ from torch import Tensor, nn
 
 import metrics
 import stage1_mlp
-from interview import decoding
+from interview import cuda_or_cpu, decoding
 from interview.convolution import InParts, file_of, load_cnn, recipe_columns
 from interview.layers import RMSNorm, SwiGLU, log_softmax
 from stage1_mlp import Split
@@ -1037,9 +1037,7 @@ def main(
         if smoke and out == FIGURES:
             raise ValueError(f"--smoke would write over {out}: name another folder by --out")
         with stage1_mlp.claimed(out):
-            if device == "auto":  # Apple's GPUs have no float64
-                device = "cuda" if torch.cuda.is_available() else "cpu"
-            device = stage1_mlp.device_of(device)
+            device = stage1_mlp.device_of(cuda_or_cpu(device))
             if train:
                 train_missing(out, data_dir, workers, device, checkpoints, smoke)
             if not weights.exists():

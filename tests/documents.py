@@ -17,6 +17,7 @@ has as many decimals as are written; `?` and `?.??` and `?.?? ± ?.??` ask for s
 """
 
 import argparse
+import functools
 import math
 import re
 import sys
@@ -48,14 +49,13 @@ NOT_PROSE = re.compile(r"```.*?```|`[^`\n]*`|\$[^$\n]*\$|\]\([^)]*\)|https?://\S
 MEASURED_LIKE = re.compile(r"(?<![\w.,])[+−-]?\d[\d,]*(?:\.\d+ ?%?| ?%)(?![\w])")
 
 
-def cached_table(path: Path, tables={}) -> pd.DataFrame:  # noqa: B006 - the cache is meant
-    if path not in tables:
-        if not path.exists():
-            raise ValueError(f"figures/{path.relative_to(FIGURES)} is missing")
-        # the stages' tables name runs, whose values are texts; the others are plain tables
-        of_runs = path.parent.name.startswith("stage")
-        tables[path] = metrics.load_rows(path) if of_runs else pd.read_csv(path)
-    return tables[path]
+@functools.cache
+def cached_table(path: Path) -> pd.DataFrame:
+    if not path.exists():
+        raise ValueError(f"figures/{path.relative_to(FIGURES)} is missing")
+    # the stages' tables name runs, whose values are texts; the others are plain tables
+    of_runs = path.parent.name.startswith("stage")
+    return metrics.load_rows(path) if of_runs else pd.read_csv(path)
 
 
 def half(values) -> float:
