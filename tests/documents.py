@@ -12,7 +12,8 @@ A number in prose is followed by a comment that a reader does not see, and that 
 
 The parts are a table under figures/, a pandas query that chooses rows (none: all of them) and an
 expression in which each column has its name. Of several rows it gives mean ± standard deviation;
-where a single number stands in the text, their mean. Without a table it is arithmetic. A number
+where a single number stands in the text, their mean. `paired(a, b)` and `welch(a, b)` give a
+difference and half its 95 % t interval. Without a table it is arithmetic. A number
 has as many decimals as are written; `?` and `?.??` and `?.?? ± ?.??` ask for so many from --fill.
 """
 
@@ -25,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -68,6 +70,23 @@ def difference(first, second) -> pd.Series:
     return pd.Series(np.asarray(first) - np.asarray(second))
 
 
+def paired(first, second) -> tuple[float, float]:
+    """Mean of first minus second, seed by seed, and half its 95 % t interval."""
+    found = metrics.summarise(difference(first, second))
+    return found.mean, found.half
+
+
+def welch(first, second) -> tuple[float, float]:
+    """Mean of first minus mean of second, and half its 95 % interval by Welch's t."""
+    low, high = stats.ttest_ind(first, second, equal_var=False).confidence_interval(0.95)
+    return (low + high) / 2, (high - low) / 2
+
+
+def typical(values) -> float:
+    """The geometric mean: of numbers that lie powers of ten apart."""
+    return float(np.exp(np.log(values).mean()))
+
+
 FUNCTIONS = {
     "abs": abs,
     "difference": difference,
@@ -77,8 +96,11 @@ FUNCTIONS = {
     "log": np.log,
     "max": max,
     "min": min,
+    "paired": paired,
     "round": round,
     "sqrt": math.sqrt,
+    "typical": typical,
+    "welch": welch,
 }
 
 
@@ -93,9 +115,10 @@ def value_of(meaning: str):
         if rows.empty:
             raise ValueError(f"no row of {name} has {query}")
         names |= {str(column): rows[column] for column in rows.columns}
-        # `of("query", "column")`: of other rows of the same table, to compare with
-        whole = cached_table(FIGURES / name)
-        names["of"] = lambda wanted, column: whole.query(wanted)[column]
+        # of("query", "column"): of other rows, to compare with; a third part names another table
+        names["of"] = lambda wanted, column, table=name: (
+            cached_table(FIGURES / table).query(wanted)[column]
+        )
     return eval(expression, {"__builtins__": {}}, names)  # the repository's own documents
 
 
