@@ -78,8 +78,10 @@ def paired(first, second) -> tuple[float, float]:
 
 def welch(first, second) -> tuple[float, float]:
     """Mean of first minus mean of second, and half its 95 % interval by Welch's t."""
-    low, high = stats.ttest_ind(first, second, equal_var=False).confidence_interval(0.95)
-    return (low + high) / 2, (high - low) / 2
+    one, two = metrics.summarise(first), metrics.summarise(second)
+    squares = one.std**2 / one.n, two.std**2 / two.n  # of the standard errors
+    freedom = sum(squares) ** 2 / (squares[0] ** 2 / (one.n - 1) + squares[1] ** 2 / (two.n - 1))
+    return one.mean - two.mean, stats.t.ppf(0.975, freedom) * math.sqrt(sum(squares))
 
 
 def typical(values) -> float:
@@ -116,9 +118,9 @@ def value_of(meaning: str):
             raise ValueError(f"no row of {name} has {query}")
         names |= {str(column): rows[column] for column in rows.columns}
         # of("query", "column"): of other rows, to compare with; a third part names another table
-        names["of"] = lambda wanted, column, table=name: (
-            cached_table(FIGURES / table).query(wanted)[column]
-        )
+        names["of"] = lambda wanted, column, table=name: cached_table(FIGURES / table).query(
+            wanted
+        )[column]
     return eval(expression, {"__builtins__": {}}, names)  # the repository's own documents
 
 

@@ -5,6 +5,7 @@ import re
 import documents
 import pytest
 from documents import ROOT
+from scipy import stats
 
 import metrics
 
@@ -75,3 +76,33 @@ def test_measured_numbers_that_nothing_explains_are_found():
     text = f"It gets 98.61 %{MEANING}, 98.4 %<!-- source: a paper --> there; `lr=0.1`, $0.5^2$, 3"
     assert documents.unmarked_numbers(text) == []
     assert len(documents.unmarked_numbers(f"{text}, 12 % more, 0.71 of the time")) == 2
+
+
+def test_differences_have_the_interval_that_is_named(rows):
+    """Against scipy's: of the seeds' differences, and Welch's, for unequal numbers of seeds."""
+    first = 100 * rows.loc[rows["experiment"] == "deformed", "accuracy"].to_numpy()
+    second = 100 * rows.loc[rows["experiment"] == "baseline", "accuracy"].to_numpy()
+
+    def as_scipy(result):
+        low, high = result.confidence_interval(0.95)
+        return pytest.approx(((low + high) / 2, (high - low) / 2))
+
+    assert documents.paired(first, second) == as_scipy(stats.ttest_rel(first, second))
+    fewer = second[:-1]
+    result = stats.ttest_ind(first, fewer, equal_var=False)
+    assert documents.welch(first, fewer) == as_scipy(result)
+
+
+def test_a_number_may_be_compared_with_one_of_another_table():
+    text = '+?.??<!-- stage1/test_metrics.csv; experiment == "baseline"; 100 * accuracy.mean() - '
+    text += "100 * of('experiment == \"baseline\"', 'test_accuracy', 'stage1/runs.csv').mean() -->"
+    assert documents.COMMENT.sub("", documents.filled(text)) in ("+0.00", "−0.00")
+
+
+def test_the_log_lists_each_of_its_sections():
+    text = (ROOT / "LEARNING_LOG.md").read_text(encoding="utf-8")
+    _, contents = text.split("## Contents (目录)\n")
+    contents, sections = contents.split("\n## ", 1)
+    for heading in re.findall(r"^## (.*)$", f"## {sections}", flags=re.MULTILINE):
+        anchor = re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")  # as GitHub makes it
+        assert f"[{heading}](#{anchor})" in contents
