@@ -1,7 +1,8 @@
 """Numbers in the documents, each tied to the table that it comes from.
 
     python tests/documents.py                 every number that is not its table's
-    python tests/documents.py --fill FILE …   write the tables' numbers into the documents
+    python tests/documents.py --fill FILE …   write the tables' numbers into the documents,
+                                              and make a list of contents anew
 
 A number in prose is followed by a comment that a reader does not see, and that says what it is:
 
@@ -195,6 +196,38 @@ def filled(text: str) -> str:
     return MARKED.sub(number, text)
 
 
+# a heading of the log that starts so begins a line of its contents; the others follow on that line
+CHAPTERS = (
+    "How to read the numbers",
+    "The record",
+    "How to read the course",
+    "Questions and answers",
+    "What commonly",
+    "Two evenings",
+)
+
+
+def anchor_of(heading: str) -> str:
+    """What GitHub makes of a heading for links within a page."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def with_contents(text: str) -> str:
+    """The text with its section "Contents", if it has one, made anew from the headings below."""
+    match = re.search(r"^## Contents.*\n(?P<old>(?s:.*?))^## ", text, flags=re.MULTILINE)
+    if match is None:
+        return text
+    lines = []
+    for heading in re.findall(r"^## (.+)$", text[match.end() - 3 :], flags=re.MULTILINE):
+        link = f"[{heading}](#{anchor_of(heading)})"
+        if heading.startswith(CHAPTERS):
+            lines.append(f"- **{link}**")
+        else:
+            lines[-1] += f" · {link}"
+    contents = "\n" + "\n".join(lines) + "\n\n"
+    return text[: match.start("old")] + contents + text[match.end("old") :]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("documents", nargs="*", default=DOCUMENTS)
@@ -205,7 +238,7 @@ def main() -> int:
         path = ROOT / name
         text = path.read_text(encoding="utf-8")
         if arguments.fill:
-            text = filled(text)
+            text = with_contents(filled(text))
             path.write_text(text, encoding="utf-8")
         wrong = wrong_numbers(text)
         unmarked = unmarked_numbers(text)

@@ -101,8 +101,14 @@ def test_a_number_may_be_compared_with_one_of_another_table():
 
 def test_the_log_lists_each_of_its_sections():
     text = (ROOT / "LEARNING_LOG.md").read_text(encoding="utf-8")
-    _, contents = text.split("## Contents (目录)\n")
-    contents, sections = contents.split("\n## ", 1)
-    for heading in re.findall(r"^## (.*)$", f"## {sections}", flags=re.MULTILINE):
-        anchor = re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")  # as GitHub makes it
-        assert f"[{heading}](#{anchor})" in contents
+    assert "## Contents" in text
+    assert documents.with_contents(text) == text, "python tests/documents.py --fill LEARNING_LOG.md"
+
+
+def test_contents_are_made_of_the_headings_below_them():
+    text = "# T\n\n## Contents (目录)\n\nold [x](#x)\n\n## The record (a, b)\n\n## It's: √d?\n"
+    assert documents.with_contents(text) == (
+        "# T\n\n## Contents (目录)\n\n- **[The record (a, b)](#the-record-a-b)** · "
+        "[It's: √d?](#its-d)\n\n## The record (a, b)\n\n## It's: √d?\n"
+    )
+    assert documents.with_contents("# no contents") == "# no contents"
