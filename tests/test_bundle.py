@@ -743,26 +743,3 @@ def test_the_eight_archives_are_committed_and_nothing_unpacked_is():
     data = [path for path in done.stdout.split() if path.startswith("data/") and "ubyte" in path]
     assert len(data) == 8
     assert all(path.endswith("-ubyte.gz") for path in data)
-
-
-# ---- documents ----
-
-
-def test_the_speeds_of_stage_1_in_the_documents_are_those_of_its_table():
-    rows = metrics.load_rows(ROOT / "figures" / "stage1" / "benchmark.csv")
-    ratios = dict(zip(rows["name"], rows["ratio"], strict=True))
-
-    def ratio(*words):
-        found = [value for name, value in ratios.items() if all(word in name for word in words)]
-        assert len(found) == 1, words
-        return f"{found[0]:.2f}"
-
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    log = (ROOT / "LEARNING_LOG.md").read_text(encoding="utf-8")
-    epoch = ratio("epoch", "0 workers")
-    assert f"an epoch takes {epoch} of the time that `ToTensor`" in " ".join(readme.split())
-    assert f"an epoch takes {epoch} of the time that it takes" in " ".join(log.split())
-    steps = ", ".join(ratio("training step", f"batch {B} ") for B in (128, 512, 2048))
-    assert f"{steps} times as long as its matrix products" in " ".join(readme.split())
-    assert f"a sweep by two workers takes {ratio('sweep', '1 worker')} of the time" in readme
-    assert f"take {ratio('scikit-learn')} of the time of scikit-learn" in " ".join(readme.split())

@@ -10,6 +10,7 @@ from scipy import stats
 import metrics
 
 SUMMARIES = [f"figures/stage{stage}/summary.md" for stage in (1, 2, 3)]
+WHOLLY_TIED = ["README.md", "README.zh.md"]  # each number has its comment
 
 
 @pytest.mark.parametrize("document", [*documents.DOCUMENTS, *SUMMARIES])
@@ -21,10 +22,35 @@ def test_every_link_leads_somewhere(document):
         assert ((ROOT / document).parent / link).exists(), link
 
 
+def anchor_of(heading: str) -> str:
+    """The name by which GitHub links a heading: small letters, hyphens, no other marks."""
+    shown = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).strip().lower()
+    return re.sub(r"[^\w\- ]", "", shown).replace(" ", "-")
+
+
+@pytest.mark.parametrize("document", documents.DOCUMENTS)
+def test_every_anchor_is_a_heading(document):
+    path = ROOT / document
+    links = re.findall(r"\]\(([^)#]*)#([^)]+)\)", path.read_text(encoding="utf-8"))
+    for file, anchor in links:
+        if "://" in file:
+            continue
+        target = path.parent / file if file else path
+        prose = re.sub(r"```.*?```", "", target.read_text(encoding="utf-8"), flags=re.DOTALL)
+        anchors = [anchor_of(heading) for heading in re.findall(r"^#+ (.*)$", prose, re.MULTILINE)]
+        assert anchor in anchors, f"{file}#{anchor}"
+
+
 @pytest.mark.parametrize("document", documents.DOCUMENTS)
 def test_every_number_is_that_of_the_table_that_it_names(document):
     text = (ROOT / document).read_text(encoding="utf-8")
     assert documents.wrong_numbers(text) == []
+
+
+@pytest.mark.parametrize("document", WHOLLY_TIED)
+def test_no_measured_number_stands_there_without_its_table(document):
+    text = (ROOT / document).read_text(encoding="utf-8")
+    assert documents.unmarked_numbers(text) == []
 
 
 @pytest.fixture
