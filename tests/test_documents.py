@@ -1,5 +1,6 @@
 """The documents: their links lead somewhere, their numbers are those of the committed tables."""
 
+import itertools
 import re
 
 import documents
@@ -39,6 +40,26 @@ def test_every_anchor_is_a_heading(document):
         prose = re.sub(r"```.*?```", "", target.read_text(encoding="utf-8"), flags=re.DOTALL)
         anchors = [anchor_of(heading) for heading in re.findall(r"^#+ (.*)$", prose, re.MULTILINE)]
         assert anchor in anchors, f"{file}#{anchor}"
+
+
+def stray_stars(text: str) -> list[str]:
+    """Lines in which ** is shown as stars: after a mark such as 。 and before a letter, say."""
+    prose = re.sub(r"```.*?```|<!--.*?-->", "", text, flags=re.DOTALL)
+    found = []
+    for line in re.sub(r"`[^`\n]*`", "x", prose).splitlines():
+        parts = line.split("**")
+        for index, (before, after) in enumerate(itertools.pairwise(parts)):
+            inner, outer = (before[-1:], after[:1]) if index % 2 else (after[:1], before[-1:])
+            if outer.isalnum() and inner and not inner.isalnum():
+                found.append(line)
+    return found
+
+
+@pytest.mark.parametrize("document", documents.DOCUMENTS)
+def test_bold_beside_chinese_is_bold(document):
+    assert stray_stars("**盲测：**阶段") == ["**盲测：**阶段"]
+    assert stray_stars("**盲测**：阶段，**好。** 再来") == []
+    assert stray_stars((ROOT / document).read_text(encoding="utf-8")) == []
 
 
 @pytest.mark.parametrize("document", documents.DOCUMENTS)
