@@ -16,6 +16,8 @@ whose column the predicted one.
 import contextlib
 import math
 import os
+import re
+import textwrap
 import unicodedata
 import warnings
 from collections.abc import Iterable
@@ -34,7 +36,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import LogFormatterMathtext, LogLocator, MaxNLocator, NullLocator
 from scipy import stats
 
 # -------- 1. Metrics ------------------------------------------------------------------------------
@@ -331,9 +333,10 @@ def markdown(rows: list[dict] | pd.DataFrame) -> str:
 
 
 def score_table(runs: pd.DataFrame, images: str, by: str = "value", heading: str = "") -> str:
-    """Markdown, a line for every value of column `by`: accuracy, its interval, macro F1 and loss.
+    """Markdown, a line for every value of column `by`: accuracy, its t interval and the loss.
 
-    `images` is "val_" or "test_". Accuracy and F1 in %, mean ± standard deviation over n seeds.
+    `images` is "val_", or "test_", which adds macro F1: on classes of equal size it says no more
+    than accuracy. Both in %, mean ± standard deviation over n seeds.
     """
     table = []
     for value, found in runs.groupby(by, sort=False):
@@ -341,18 +344,23 @@ def score_table(runs: pd.DataFrame, images: str, by: str = "value", heading: str
         n_diverged = (found["status"] == "diverged").sum()
         low = max(accuracy.mean - accuracy.half, 0.0)
         high = min(accuracy.mean + accuracy.half, 100.0)
-        table.append(
-            {
-                heading or by: value,
-                "accuracy %": str(accuracy),
-                "95 % t interval": f"{low:.2f} … {high:.2f}" if accuracy.n > 1 else "–",
-                "macro F1 %": str(summarise(100 * found[f"{images}macro_f1"])),
-                "loss (nats)": f"{found[f'{images}loss'].mean(skipna=False):.4f}",
-                "parameters": f"{found['parameters'].iloc[0]:,.0f}",
-                "n": f"{accuracy.n}, {n_diverged} diverged" if n_diverged else str(accuracy.n),
-            }
-        )
+        line = {heading or by: value, "accuracy %": str(accuracy)}
+        line["95 % t interval"] = f"{low:.2f} … {high:.2f}" if accuracy.n > 1 else "–"
+        if images == "test_":
+            line["macro F1 %"] = str(summarise(100 * found["test_macro_f1"]))
+        line["loss (nats)"] = f"{found[f'{images}loss'].mean(skipna=False):.4f}"
+        line["parameters"] = f"{found['parameters'].iloc[0]:,.0f}"
+        line["n"] = f"{accuracy.n}, {n_diverged} diverged" if n_diverged else str(accuracy.n)
+        table.append(line)
     return markdown(table)
+
+
+def ratio_table(rows: pd.DataFrame) -> str:
+    """Markdown of benchmark.csv: both times to three digits, and the first over the second."""
+    columns = ["name", "first", "second", "unit", "ratio", "device", "threads"]
+    digits = {"first": "{:.3g}", "second": "{:.3g}", "ratio": "{:.2f}"}
+    texts = {column: rows[column].map(form.format) for column, form in digits.items()}
+    return markdown(rows.assign(**texts)[columns])
 
 
 def spans_powers_of_ten(numbers: pd.Series) -> bool:
@@ -386,12 +394,17 @@ def fault_table(faults: pd.DataFrame, symptoms: dict[str, str]) -> str:
 def write_sections(path: Path, title: str, sections: dict[str, list[str]]) -> None:
     """A Markdown file: title, what ± means, contents, and the sections {heading: paragraphs}."""
     note = "Mean ± sample standard deviation over n seeds, and the 95 % t interval of the mean."
-    contents = "\n".join(f"- {heading}" for heading in sections)
+    contents = "\n".join(f"- [{heading}](#{anchor_of(heading)})" for heading in sections)
     parts = [f"# {title}", note, contents]
     for heading, paragraphs in sections.items():
         parts += [f"## {heading}", *paragraphs]
     with written_aside(path) as aside:
         aside.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def anchor_of(heading: str) -> str:
+    """What GitHub makes of a heading for links: small letters, no signs, "-" for a space."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
 # -------- 3. Pictures -----------------------------------------------------------------------------
@@ -449,21 +462,27 @@ def bands_of(rows: pd.DataFrame) -> str:
 
 
 def log_scale(axis, numbers: pd.Series) -> None:
-    """Make the axis of these numbers logarithmic, with plain ticks: 1, 2, 5 …"""
+    """Make the axis of these numbers logarithmic, with ticks at 1, 2, 5 …; tiny ones at 10⁻⁵ …"""
     positive = numbers[np.isfinite(numbers) & (numbers > 0)]
     if positive.empty:
         return
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})
     decades = math.log10(positive.max() / positive.min())
-    steps = (1, 1.5, 2, 3, 4, 5, 7) if decades < 1 else (1, 2, 5) if decades < 3 else (1,)
+    if decades < 0.35:
+        steps = (1, 1.2, 1.4, 1.6, 1.8, 2, 2.2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 7, 8, 9)
+    elif decades < 1:
+        steps = (1, 1.5, 2, 3, 4, 5, 7)
+    else:
+        steps = (1, 2, 5) if decades < 3 else (1,)
     axis.set_major_locator(LogLocator(subs=steps))
-    axis.set_major_formatter("{x:g}")
+    axis.set_major_formatter("{x:g}" if positive.min() > 5e-5 else LogFormatterMathtext())
     axis.set_minor_locator(NullLocator())
 
 
 def legend_beside(axes: Axes, title: str | None = None) -> None:
     """Put the legend to the right of the panel, where it covers no data."""
     if axes.get_legend_handles_labels()[0]:
+        title = textwrap.fill(title, 18) if title else None  # a long one would press the panel
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), title=title, fontsize=10)
 
 
@@ -475,14 +494,20 @@ def draw_line(axes: Axes, rows: pd.DataFrame, x: str, y: str, **style) -> None:
         sns.lineplot(finite, x=x, y=y, ax=axes, estimator=estimator, legend=False, **style)
 
 
-def draw_curves(path: Path, history: pd.DataFrame, title: str) -> None:
+def draw_curves(
+    path: Path, history: pd.DataFrame, title: str, beside: pd.DataFrame | None = None
+) -> None:
     """The course of training: loss and accuracy, of training and of validation images alike.
 
     Lines are means over seeds, bands go from the lowest to the highest seed. Both losses are the
-    plain cross-entropy in evaluation mode, so that the gap between them means something.
+    plain cross-entropy in evaluation mode, so that the gap between them means something. `beside`
+    is the history of all models whose pictures are laid side by side: they share their scales.
     """
     percent = history.copy()
     percent[["train_accuracy", "val_accuracy"]] *= 100
+    of_all = history if beside is None else beside
+    losses = pd.concat([of_all["train_loss"], of_all["val_loss"]])
+    losses = losses[np.isfinite(losses)]
     with picture(path, f"{title}\n{bands_of(history)}", n_columns=2) as (left, right):
         for part, name, color in (
             ("train", "training images", COLORS[0]),
@@ -491,10 +516,12 @@ def draw_curves(path: Path, history: pd.DataFrame, title: str) -> None:
             style = {"errorbar": ("pi", 100), "color": color, "label": name}
             draw_line(left, percent, "step", f"{part}_loss", **style)
             draw_line(right, percent, "step", f"{part}_accuracy", **style)
-        log_scale(left.yaxis, pd.concat([percent["train_loss"], percent["val_loss"]]))
+        log_scale(left.yaxis, losses)
         left.set(xlabel="training step", ylabel="loss (nats, log scale)")
         right.set(xlabel="training step", ylabel="accuracy (%)")
-        middle = percent["val_accuracy"].median()
+        if beside is not None and len(losses):
+            left.set_ylim(0.95 * losses.min(), 1.05 * losses.max())
+        middle = 100 * of_all.groupby("experiment")["val_accuracy"].median().min()
         if middle > 80:  # the end is what matters, not the first rise
             right.set_ylim(2 * middle - 100, 100.1)
         if left.lines:  # nothing is drawn of a run that diverged at once
@@ -510,17 +537,24 @@ def draw_sweep(
     Bars are the 95 % t interval of the mean, bands go from the lowest to the highest seed.
     """
     n_seeds = runs["seed"].nunique()
-    bars = f"{n_seeds} seeds: 95 % t interval left, range right" if n_seeds > 1 else "1 seed"
+    left_shows = "left: every seed, mean and 95 % t interval"
+    bars = f"{n_seeds} seeds; {left_shows}; right: mean, lowest and highest"
+    bars = bars if n_seeds > 1 else "1 seed"
     colors = colors_of(list(dict.fromkeys(runs["value"])), ordered)
     runs = runs.assign(percent=100 * runs["val_accuracy"])
     with picture(path, f"{title}\n({bars})", n_columns=2, width=13, height=5) as (left, right):
-        draw_points(left, runs, "value", "percent", colors)
+        draw_points(left, runs, "value", "percent", colors, highest=100)
         low, high = left.get_ylim()
-        left.set_ylim(max(low, 0), min(high, 102))  # an interval of few seeds may reach beyond
+        widen = max(0, 2 - (high - low)) / 2  # 2 points at least: what is alike shall look alike
+        low = max(low - widen, 0)
+        high = min(high + widen, 102)  # an interval of few seeds may reach beyond
+        left.set_ylim(low, high)
+        left.set_yticks([tick for tick in left.get_yticks() if low <= tick <= min(high, 100)])
         left.set(xlabel=varied, ylabel="validation accuracy (%)")
         for value, rows in history.groupby("value", sort=False):
             style = {"color": colors[value], "label": value, "errorbar": ("pi", 100)}
-            draw_line(right, rows, "step", "val_loss", marker="o", markersize=4, **style)
+            style |= {"marker": "o", "markersize": 3, "markeredgewidth": 0}
+            draw_line(right, rows, "step", "val_loss", **style)
         well = history["value"].isin(runs.loc[runs["status"] == "ok", "value"])
         losses = history.loc[well & np.isfinite(history["val_loss"]), "val_loss"]
         log_scale(right.yaxis, losses)
@@ -533,18 +567,32 @@ def draw_sweep(
         legend_beside(right, varied)
 
 
-def draw_points(axes: Axes, rows: pd.DataFrame, x: str, y: str, colors: dict) -> None:
-    """A point for every value of x with its t interval, and its mean as a number."""
+def draw_points(
+    axes: Axes, rows: pd.DataFrame, x: str, y: str, colors: dict, highest: float = math.inf
+) -> None:
+    """For every value of x its seeds as small dots, their mean with its t interval and as a number.
+
+    `highest` is the largest number that y can be: an interval may reach beyond it, its text not.
+    """
     style = {"hue": x, "palette": colors, "errorbar": t_interval, "capsize": 0.15}
     sns.pointplot(rows, x=x, y=y, ax=axes, legend=False, **style)
-    means = rows.groupby(x, sort=False)[y].mean()
-    for place, mean in enumerate(means):
-        text = {"xytext": (6, 6), "textcoords": "offset points", "fontsize": 10}
-        axes.annotate(f"{mean:.2f}", (place, mean), **text)
-    if sum(len(str(value)) for value in means.index) > 45:
-        axes.tick_params("x", rotation=35)
-        for label in axes.get_xticklabels():
-            label.set_horizontalalignment("right")
+    groups = rows.groupby(x, sort=False)[y]
+    for place, (value, found) in enumerate(groups):
+        across = np.full(len(found), place - 0.2)
+        axes.plot(across, found, "o", color=colors[value], markersize=4, alpha=0.6)
+        top = min(t_interval(found)[1], highest)
+        text = {"xytext": (0, 7), "textcoords": "offset points", "ha": "center", "fontsize": 10}
+        axes.annotate(f"{found.mean():.2f}", (place, top), **text)
+    axes.margins(y=0.12)  # room for the numbers
+    width = max(8, 45 // groups.ngroups)  # letters in a line below a point
+    names = [wrapped(str(value), width) for value, _ in groups]
+    axes.set_xticks(range(len(names)), names, fontsize=12 if len(names) < 6 else 9.5)
+
+
+def wrapped(text: str, width: int) -> str:
+    """The text in lines of `width` letters, broken at spaces alone; its own breaks are kept."""
+    style = {"break_long_words": False, "break_on_hyphens": False}
+    return "\n".join(textwrap.fill(line, width, **style) for line in text.splitlines())
 
 
 def draw_lines(
@@ -568,6 +616,8 @@ def draw_lines(
             draw_line(axes, found, x, y, marker="o", color=colors[name], label=name, **style)
         if "x" in logarithmic:
             log_scale(axes.xaxis, rows[x])
+        if rows[x].nunique() <= 8:  # a tick for each value that was tried, and no other
+            axes.set_xticks(sorted(rows[x].unique()))
         if "y" in logarithmic:
             log_scale(axes.yaxis, rows[y])
         axes.set(**labels)
@@ -599,7 +649,8 @@ def draw_heatmap(
     cells = mean.map("{:.2f}".format)
     if rows["seed"].nunique() > 1:
         cells += "\n" + low.map("{:.2f}".format) + " … " + high.map("{:.2f}".format)
-    with picture(path, f"{title}\n{bands_of(rows)}", width=10, height=5.5) as axes:
+    height = 2 + 0.75 * len(mean)
+    with picture(path, f"{title}\n{bands_of(rows)}", width=10, height=height) as axes:
         annotated_cells(axes, mean, cells, cmap="crest", cbar_kws={"label": colorbar})
         axes.set(**labels)
 
@@ -628,8 +679,9 @@ def draw_faults(path: Path, rows: pd.DataFrame, title: str) -> None:
     colors = {"broken": COLORS[1], "mended": COLORS[0]}
     by_fault = dict(list(rows.groupby("fault", sort=False)))
     n_rows = math.ceil(len(by_fault) / 2)
-    size = {"width": 13, "height": 1.8 * n_rows + 0.8, "squeeze": False}
+    size = {"width": 13, "height": 2 * n_rows + 0.8, "squeeze": False}
     with picture(path, f"{title}\n{bands_of(rows)}", n_rows, 2, **size) as panels:
+        panels[0, 0].figure.get_layout_engine().set(wspace=0.05, hspace=0.08)
         for axes, (fault, found) in zip(panels.flat, by_fault.items(), strict=False):
             found = found.sort_values("variant", kind="stable")  # broken above mended
             names = found.drop_duplicates("value")
@@ -658,15 +710,23 @@ def draw_faults(path: Path, rows: pd.DataFrame, title: str) -> None:
 
 
 def draw_ratios(path: Path, rows: pd.DataFrame, title: str) -> None:
-    """A bar for every comparison: the first's time over the second's, lower is better, 1 is equal.
+    """A bar from 1 for every comparison: to the left the first is faster, to the right the second.
 
-    `rows`: name (of the comparison), ratio; of a name's repeats the range is shown.
+    `rows`: name ("first / second"), ratio of their times. On a log scale half and double the time
+    are equally far from 1.
     """
-    with picture(path, title, width=12, height=0.55 * rows["name"].nunique() + 1.6) as axes:
-        style = {"color": COLORS[0], "errorbar": ("pi", 100), "capsize": 0.2}
-        sns.barplot(rows, y="name", x="ratio", ax=axes, **style)
-        for place, ratio in enumerate(rows.groupby("name", sort=False)["ratio"].mean()):
+    with picture(path, title, width=12, height=0.62 * len(rows) + 1.6) as axes:
+        names = [name.replace(" / ", "\n/ ") for name in rows["name"]]
+        colors = np.where(rows["ratio"] < 1, COLORS[0], COLORS[1])
+        axes.barh(range(len(rows)), rows["ratio"] - 1, left=1, height=0.6, color=colors)
+        for place, ratio in enumerate(rows["ratio"]):
             text = {"va": "center", "fontsize": 12, "transform": axes.get_yaxis_transform()}
             axes.text(1.01, place, f"{ratio:.2f}", **text)
-        axes.axvline(1, color=COLORS[1], linestyle="--")
-        axes.set(xlabel="time of the first / time of the second: lower is better", ylabel="")
+        log_scale(axes.xaxis, pd.concat([rows["ratio"], pd.Series([1.0])]))
+        axes.axvline(1, color="black")
+        axes.set_yticks(range(len(rows)), names, fontsize=11)
+        axes.invert_yaxis()
+        axes.grid(False, axis="y")
+        axes.set_xlabel(
+            "time of the first / of the second (log scale); below 1: the first is faster"
+        )

@@ -928,13 +928,29 @@ def fault_rows(run: Run, model: MLP, history: list[dict], data: Data) -> list[di
 
 # -------- Pictures: from saved rows alone ---------------------------------------------------------
 
+# how the pictures write what a Config's field holds
+NAMES = {"sgd": "SGD", "momentum": "SGD with momentum", "adagrad": "Adagrad", "rmsprop": "RMSprop"}
+NAMES |= {"adam": "Adam", "adamw": "AdamW"}
+NAMES |= {"relu": "ReLU", "leaky_relu": "leaky ReLU", "gelu": "GELU", "silu": "SiLU"}
+NAMES |= {"xavier": "Xavier", "kaiming": "Kaiming", "default": "PyTorch's default"}
 # experiment -> what its picture asks, what is varied, whether the values have an order
 SWEEPS = {
     "depth": ("What do more hidden layers do?", "hidden layers of 128 neurons", True),
     "width": ("What do more neurons do?", "neurons in each of two hidden layers", True),
     "steps": ("What does longer training do?", "training steps of the whole run", True),
     "activation": ("Which activation?", "activation", False),
-    "regularisation": ("What helps on 5,000 images?", "added to the plain run", False),
+    "regularisation": (
+        "What helps on 5,000 images? Smoothed labels raise the loss at the same accuracy",
+        "added to the plain run",
+        False,
+    ),
+}
+# what is varied in the other experiments, for their tables
+VARIED = {
+    "grid": "layers × neurons",
+    "learning_rate": "optimizer, highest rate",
+    "batch_size": "batch size",
+    "init": "initialisation",
 }
 
 
@@ -951,9 +967,10 @@ def draw_all(folder: Path) -> None:
 
     for name in SELECTED:
         if name in by_experiment:
-            metrics.draw_curves(
-                folder / f"curves_{name}.png", logged[name], f"MLP on MNIST, {name}: training"
-            )
+            title = f"MLP on MNIST, {name}: training"
+            if by_experiment[name]["deform"].iloc[0] > 0:
+                title += "\ntraining images are deformed, in the last 30 % of the steps less"
+            metrics.draw_curves(folder / f"curves_{name}.png", logged[name], title)
             n_seeds = by_experiment[name]["seed"].nunique()
             title = f"{name}: 10,000 test images, sum over {n_seeds} seeds"
             metrics.draw_confusion(
@@ -961,43 +978,42 @@ def draw_all(folder: Path) -> None:
             )
     for name, (question, varied, ordered) in SWEEPS.items():
         if name in by_experiment:
-            title = f"{question} {duration_of(by_experiment[name])}"
-            metrics.draw_sweep(
-                folder / f"sweep_{name}.png",
-                by_experiment[name],
-                logged[name],
-                title,
-                varied,
-                ordered,
-            )
+            rows, own = (table[name].replace({"value": NAMES}) for table in (by_experiment, logged))
+            title = f"{question} {duration_of(rows)}"
+            path = folder / f"sweep_{name}.png"
+            metrics.draw_sweep(path, rows, own, title, varied, ordered)
     if "grid" in by_experiment:
         draw_grid(folder / "sweep_grid.png", by_experiment["grid"])
     if "learning_rate" in by_experiment:
+        rows = by_experiment["learning_rate"]
         metrics.draw_lines(
             folder / "sweep_learning_rate.png",
-            by_experiment["learning_rate"],
+            rows.replace({"optimizer": NAMES}),
             ("lr", "error", "optimizer"),
-            "Which learning rate for which optimizer?",
+            f"Which learning rate for which optimizer? {duration_of(rows)}",
             xlabel="highest learning rate (log scale)",
             ylabel="validation error (%, log scale)",
         )
     if "batch_size" in by_experiment:
         rows = by_experiment["batch_size"]
+        n_images = (rows["batch_size"] * rows["steps"])[rows["value"].str.endswith("images")].max()
+        n_steps = rows.loc[rows["value"].str.endswith("steps"), "steps"].max()
+        equal = {"equal steps": f"{n_steps:,} steps", "equal images": f"{n_images:,.0f} images"}
         metrics.draw_lines(
             folder / "sweep_batch_size.png",
-            rows.assign(equal=rows["value"].str.split(", ").str[1]),
+            rows.assign(equal=rows["value"].str.split(", ").str[1].map(equal)),
             ("batch_size", "error", "equal"),
             "Which batch size, at equal steps and at equal images?",
             xlabel="batch size (log scale)",
             ylabel="validation error (%, log scale)",
         )
     if "init" in by_experiment:
-        rows = by_experiment["init"]
+        rows = by_experiment["init"].replace({"init": NAMES})
         metrics.draw_heatmap(
             folder / "sweep_init.png",
-            rows.assign(layers=rows["value"].str.split(", ").str[1]),
+            rows.assign(layers=rows["hidden"].str.split().str.len()),
             ("init", "layers", "percent"),
-            "Which initialisation, in two and in six layers?",
+            f"Which initialisation, in two and in six layers? {duration_of(rows)}",
             xlabel="hidden layers",
             ylabel="initialisation",
             colorbar="validation accuracy (%)",
@@ -1012,7 +1028,7 @@ def draw_grid(path: Path, rows: pd.DataFrame) -> None:
         path,
         rows.assign(depth=sizes[0], width=sizes[1]),
         ("depth", "width", "percent"),
-        "What do layers and neurons do together?",
+        f"What do layers and neurons do together? {duration_of(rows)}",
         xlabel="neurons in each layer",
         ylabel="hidden layers",
         colorbar="validation accuracy (%)",
@@ -1031,7 +1047,7 @@ def draw_side_tables(folder: Path) -> None:
             folder / "fault_gradients.png",
             gradients.iloc[::-1],  # the mended one in blue
             ("layer", "grad_norm", "value"),
-            "What reaches the first layer of the gradient?",
+            "How much of the gradient reaches the first layer, before training?",
             logarithmic="y",
             xlabel="layer (1 is next to the image)",
             ylabel="gradient norm of its weights (log scale)",
@@ -1041,12 +1057,13 @@ def draw_side_tables(folder: Path) -> None:
         draw_mistakes(folder / "mistakes.png", mistakes)
     benchmarks = metrics.load_rows(folder / "benchmark.csv")
     if len(benchmarks):
-        title = "Speed beside what a user would take"
+        title = "How long does it take, beside what one would compare it with?"
         metrics.draw_ratios(folder / "benchmark.png", benchmarks, title)
 
 
 def draw_mistakes(path: Path, rows: pd.DataFrame) -> None:
-    title = "The 24 surest mistakes among 10,000 test images (baseline, seed 0)"
+    title = "The 24 surest mistakes among 10,000 test images (baseline, seed 0)\n"
+    title += "in brackets the probability that the network gave its answer"
     with metrics.picture(path, title, 3, 8, width=13, height=6.6) as panels:
         for axes in panels.flat:
             axes.axis("off")
@@ -1085,7 +1102,8 @@ def write_summary(folder: Path, runs: pd.DataFrame) -> None:
             metrics.score_table(selected, "test_", "experiment"),
         ]
         sections["Selected models, validation images"] = [
-            metrics.score_table(selected, "val_", "experiment")
+            "**Validation images**, on which these models were chosen.",
+            metrics.score_table(selected, "val_", "experiment"),
         ]
         first = selected.drop_duplicates("experiment").set_index("experiment")
         settings = first[list(config_columns(BASE))].T.rename_axis("field").reset_index()
@@ -1098,14 +1116,11 @@ def write_summary(folder: Path, runs: pd.DataFrame) -> None:
     for name in EXPERIMENTS:
         rows = runs[runs["experiment"] == name]
         if len(rows) and name not in (*SELECTED, "faults"):
-            note = f"**Validation images** {duration_of(rows)}"
-            varied = SWEEPS[name][1] if name in SWEEPS else "value"
+            note = f"**Validation images** {duration_of(rows)}".strip()
+            varied = SWEEPS[name][1] if name in SWEEPS else VARIED[name]
             table = metrics.score_table(rows, "val_", "value", varied)
-            sections[f"Sweep: {name.replace('_', ' ')}"] = [
-                note,
-                table,
-                f"![{name}](sweep_{name}.png)",
-            ]
+            picture = f"![{name}](sweep_{name}.png)"
+            sections[f"Sweep: {name.replace('_', ' ')}"] = [note, table, picture]
     faults = metrics.load_rows(folder / "faults.csv")
     if len(faults):
         symptoms = {name: fault.symptom for name, fault in FAULTS.items()}
@@ -1119,10 +1134,8 @@ def write_summary(folder: Path, runs: pd.DataFrame) -> None:
         sections["Networks of your own"] = ["**Validation images**", table]
     benchmarks = metrics.load_rows(folder / "benchmark.csv")
     if len(benchmarks):
-        note = "Medians of times taken in turn. Ratio: first over second, lower is better."
-        table = metrics.markdown(
-            benchmarks[["name", "first", "second", "unit", "ratio", "device", "threads"]]
-        )
+        note = "Medians of times taken in turn. Ratio: first / second, below 1 the first is faster."
+        table = metrics.ratio_table(benchmarks)
         sections["Speed"] = [note, table, "![speed](benchmark.png)"]
     metrics.write_sections(folder / "summary.md", "Stage 1: MLP on MNIST", sections)
 

@@ -268,8 +268,10 @@ def test_score_table_holds_means_intervals_and_what_diverged():
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
     low, high = stats.t.interval(0.95, 1, 91, stats.sem([90, 92]))
     interval = f"{low:.2f} … {min(high, 100):.2f}"
-    assert cells[0] == ["a", "91.00 ± 1.41", interval, "85.00 ± 7.07", "0.5000", "1,234", "2"]
-    assert cells[1][4:] == ["nan", "1,234", "2, 1 diverged"]
+    assert cells[0] == ["a", "91.00 ± 1.41", interval, "0.5000", "1,234", "2"]
+    assert cells[1][3:] == ["nan", "1,234", "2, 1 diverged"]
+    rows.columns = rows.columns.str.replace("val_", "test_")
+    assert " 85.00 ± 7.07 |" in metrics.score_table(rows, "test_")  # macro F1
 
 
 def history_of(value, seed, losses):
@@ -306,3 +308,22 @@ def test_faults_that_differ_a_thousandfold_are_averaged_as_powers_of_ten():
         row["number"] += 1
     table = metrics.fault_table(pd.DataFrame(rows), {"a": "sign"})
     assert "mended: 1.25 ± 0" in table
+
+
+def test_contents_of_a_summary_lead_to_its_headings(tmp_path):
+    sections = {"Selected models, test images": ["a"], "Recall: at 2 steps (召回)": ["b"]}
+    metrics.write_sections(tmp_path / "summary.md", "title", sections)
+    text = (tmp_path / "summary.md").read_text(encoding="utf-8")
+    assert "- [Selected models, test images](#selected-models-test-images)\n" in text
+    assert "(#recall-at-2-steps-召回)" in text
+
+
+def test_ratios_and_their_table(tmp_path):
+    rows = pd.DataFrame(
+        {"name": ["ours / theirs", "a / b"], "first": [0.394307, 191.219], "second": [3.128, 100]}
+        | {"unit": "s", "ratio": [0.126054, 1.91219], "device": "cpu", "threads": 1}
+    )
+    metrics.draw_ratios(tmp_path / "ratios.png", rows, "title")
+    assert (tmp_path / "ratios.png").read_bytes().startswith(b"\x89PNG")
+    cells = [cell.strip() for cell in metrics.ratio_table(rows).splitlines()[2].split("|")]
+    assert cells[1:6] == ["ours / theirs", "0.394", "3.13", "s", "0.13"]
