@@ -586,7 +586,7 @@ def draw_points(
     axes.margins(y=0.12)  # room for the numbers
     width = max(8, 45 // groups.ngroups)  # letters in a line below a point
     names = [wrapped(str(value), width) for value, _ in groups]
-    axes.set_xticks(range(len(names)), names, fontsize=12 if len(names) < 6 else 9.5)
+    axes.set_xticks(range(len(names)), names, fontsize=12 if len(names) < 6 else 9)
 
 
 def wrapped(text: str, width: int) -> str:

@@ -1215,7 +1215,18 @@ SWEEPS = {
     "steps": ("What does longer training do?", "training steps of the whole run", True),
     "reading": ("How is an image best read?", "a step of the sequence", False),
     "normalisation": ("Does it matter whose mean and std?", "pixels scaled by", False),
-    "forget_bias": ("Does an open forget gate remember?", "the LSTM's forget bias", True),
+    "forget_bias": (
+        "Does an open forget gate remember over 112 empty steps? Chance is 10 %",
+        "the LSTM's forget bias",
+        True,
+    ),
+}
+# what is varied in the other experiments, for their tables
+VARIED = {
+    "learning_rate": "highest rate, clipping",
+    "init": "cell, W_hh at the start",
+    "direction_readout": "direction, what is classified",
+    "memory": "cell, empty steps before the answer",
 }
 
 
@@ -1230,10 +1241,11 @@ def draw_all(folder: Path) -> None:
     by_experiment = dict(list(runs.groupby("experiment", sort=False)))
     logged = dict(list(history.groupby("experiment", sort=False)))
 
+    selected = history[history["experiment"].isin(SELECTED)]
     for name in SELECTED:
         if name in by_experiment:
             title = f"{name.upper()} on Fashion-MNIST: training"
-            metrics.draw_curves(folder / f"curves_{name}.png", logged[name], title)
+            metrics.draw_curves(folder / f"curves_{name}.png", logged[name], title, selected)
             n_seeds = by_experiment[name]["seed"].nunique()
             title = f"{name.upper()}: 10,000 test images, sum over {n_seeds} seeds"
             matrix = confusion_of(folder, name)
@@ -1285,16 +1297,19 @@ def draw_all(folder: Path) -> None:
 
 def draw_memory(path: Path, rows: pd.DataFrame) -> None:
     """Accuracy over the number of empty steps, a line a cell, beside the level of mere chance."""
-    names = list(CELL_NAMES.values())
-    rows = rows.assign(name=rows["cell"].map(CELL_NAMES), steps_after=rows["padding"].astype(str))
-    colors = metrics.colors_of(names, ordered=False)
+    rows = rows.assign(name=rows["cell"].map(CELL_NAMES))
+    lengths = list(rows["padding"].unique())
+    colors = metrics.colors_of(list(CELL_NAMES.values()), ordered=False)
     title = f"Who still knows the image after many empty steps? {duration_of(rows)}\n"
     with metrics.picture(path, title + metrics.bands_of(rows), width=10) as axes:
-        for name, found in rows.groupby("name", sort=False):
+        for i, (name, found) in enumerate(rows.groupby("name", sort=False)):
+            beside = found["padding"].map(lengths.index) + 0.05 * (i - 1.5)  # none hides another
+            label = f"{name}, {found['init'].iloc[0]} W_hh"
             style = {"errorbar": ("pi", 100), "err_style": "bars", "err_kws": {"capsize": 5}}
-            style |= {"color": colors[name], "marker": "o", "label": name}
-            metrics.draw_line(axes, found, "steps_after", "percent", **style)
+            style |= {"color": colors[name], "marker": "o", "label": label}
+            metrics.draw_line(axes, found.assign(place=beside), "place", "percent", **style)
         axes.axhline(10, color="black", linestyle=":", label="chance")
+        axes.set_xticks(range(len(lengths)), lengths)
         axes.set(xlabel="empty steps between image and answer", ylabel="validation accuracy (%)")
         axes.set_ylim(0, 100)
         metrics.legend_beside(axes)
@@ -1321,7 +1336,7 @@ def draw_state_gradients(path: Path, rows: pd.DataFrame) -> None:
     """How much of the gradient reaches each step's state; before and after, on one scale."""
     rows = rows.assign(name=rows["cell"].map(CELL_NAMES))
     colors = metrics.colors_of(list(CELL_NAMES.values()), ordered=False)
-    title = f"How far back does the gradient reach? {metrics.bands_of(rows)}"
+    title = f"How far back does the gradient reach, with 64 units?\n{metrics.bands_of(rows)}"
     with metrics.picture(path, title, n_columns=2, width=13, sharey=True) as panels:
         for axes, (when, found) in zip(panels, rows.groupby("when", sort=False), strict=False):
             for name, line in found.groupby("name", sort=False):
@@ -1340,7 +1355,8 @@ def draw_reading(path: Path, rows: pd.DataFrame, name: str) -> None:
     The right class is marked by a frame; one scale from 0 to 1 for all.
     """
     columns = [f"p{c}" for c in range(len(CLASSES))]
-    title = f"{name.upper()} (seed 0): how sure it is of each class while it reads on"
+    title = f"{name.upper()} (seed 0): how sure it is of each class while it reads on\n"
+    title += "the first eight test images; frame: the right class; above: the answer at the end"
     with metrics.picture(path, title, 4, 4, width=13, height=13) as panels:
         for image, found in rows.groupby("image"):
             top = panels[2 * (image // 4), image % 4]
@@ -1351,14 +1367,15 @@ def draw_reading(path: Path, rows: pd.DataFrame, name: str) -> None:
             true = found["true"].iloc[0]
             probabilities = found[columns].to_numpy().T  # (C, T)
             answer = CLASSES[probabilities[:, -1].argmax()]
-            top.set_title(f"{CLASSES[true]}, read as {answer}", fontsize=14)
+            sure = 100 * probabilities[:, -1].max()
+            top.set_title(f"{CLASSES[true]}, read as\n{answer} ({sure:.0f} %)", fontsize=14)
             n_steps = probabilities.shape[1]
             place = (0.5, n_steps + 0.5, len(CLASSES) - 0.5, -0.5)  # steps count from 1
             style = {"cmap": "Blues", "vmin": 0, "vmax": 1, "aspect": "auto", "extent": place}
             shown = below.imshow(probabilities, **style)
             below.axhspan(true - 0.5, true + 0.5, fill=False, edgecolor="#D55E00", linewidth=2)
             below.grid(False)
-            below.set_xlabel("step", fontsize=13)
+            below.set_xlabel("step (two rows each)" if n_steps == 14 else "step", fontsize=13)
             if image % 4 == 0:
                 below.set_yticks(range(len(CLASSES)), CLASSES, fontsize=13)
             else:
@@ -1368,7 +1385,9 @@ def draw_reading(path: Path, rows: pd.DataFrame, name: str) -> None:
 
 def draw_benchmark(path: Path, rows: pd.DataFrame) -> None:
     """A bar for every cell and size: our training step's time over that of torch's module."""
-    title = "A training step of ours / of torch's own module (range of the repeats)"
+    n_repeats = rows["repeat"].nunique()
+    title = "How long does a training step of ours take, beside torch's own module?"
+    title += f"\n(mean, lowest and highest of {n_repeats} repeats)" if n_repeats > 1 else ""
     with metrics.picture(path, title, width=12, height=5) as axes:
         for i, (cell, found) in enumerate(rows.groupby("cell", sort=False)):
             ratios = found.groupby("size", sort=False)["ratio"].agg(["mean", "min", "max"])
@@ -1377,8 +1396,8 @@ def draw_benchmark(path: Path, rows: pd.DataFrame) -> None:
             style = {"color": metrics.COLORS[i], "label": cell, "capsize": 4}
             axes.bar(place, ratios["mean"], 0.25, yerr=spread, **style)
         axes.set_xticks(range(len(ratios)), ratios.index)
-        axes.axhline(1, color="black", linestyle="--")
-        axes.set(xlabel="hidden units, batch size", ylabel="time ratio: lower is better")
+        axes.axhline(1, color="black", linestyle="--", label="equal")
+        axes.set(xlabel="hidden units, batch size", ylabel="time of ours / of torch's")
         metrics.legend_beside(axes)
 
 
@@ -1410,7 +1429,8 @@ def write_summary(folder: Path, runs: pd.DataFrame) -> None:
             metrics.score_table(selected, "test_", "experiment"),
         ]
         sections["Selected models, validation images"] = [
-            metrics.score_table(selected, "val_", "experiment")
+            "**Validation images**, on which these models were chosen.",
+            metrics.score_table(selected, "val_", "experiment"),
         ]
         first = selected.drop_duplicates("experiment").set_index("experiment")
         settings = first[list(config_columns(BASE))].T.rename_axis("field").reset_index()
@@ -1423,8 +1443,8 @@ def write_summary(folder: Path, runs: pd.DataFrame) -> None:
     for name in EXPERIMENTS:
         rows = runs[runs["experiment"] == name]
         if len(rows) and name not in (*SELECTED, "faults"):
-            note = f"**Validation images** {duration_of(rows)}"
-            varied = SWEEPS[name][1] if name in SWEEPS else "value"
+            note = f"**Validation images** {duration_of(rows)}".strip()
+            varied = SWEEPS[name][1] if name in SWEEPS else VARIED[name]
             table = metrics.score_table(rows, "val_", "value", varied)
             picture = f"![{name}](sweep_{name}.png)"
             sections[f"Sweep: {name.replace('_', ' ')}"] = [note, table, picture]

@@ -1494,8 +1494,16 @@ SWEEPS = {
     "steps": ("What does longer training do?", "training steps of the whole run", True),
     "width": ("What does a wider token do?", "width of a token", True),
     "blocks": ("What do more blocks do?", "blocks", True),
-    "position": ("How should a row know its place?", "position, mean of all states read", False),
-    "tokens": ("Rows or patches? Which states should be read?", "tokens, states", False),
+    "position": (
+        "How should a row know its place? The mean of all states is read",
+        "code of the position",
+        False,
+    ),
+    "tokens": (
+        "Rows or patches? Should all states be read, or their mean?",
+        "tokens, what is read",
+        False,
+    ),
     "scale": ("Scores with and without 1/√d", "scores, width of the one head", False),
 }
 # names of the ways to decode, in table and picture
@@ -1512,21 +1520,21 @@ def draw_all(folder: Path) -> None:
     if runs.empty:
         raise DataError(f"{folder / 'runs.csv'} holds no rows: train something first")
     history = metrics.load_rows(folder / "history.csv")
+    of_selected = history[history["experiment"].isin(SELECTED)]
     for name in SELECTED:
         rows = runs[runs["experiment"] == name]
         if len(rows):
             own = history[history["experiment"] == name]
             title = f"{title_of(name)} on Fashion-MNIST: training"
-            metrics.draw_curves(folder / f"curves_{name}.png", own, title)
+            metrics.draw_curves(folder / f"curves_{name}.png", own, title, of_selected)
             title = f"{title_of(name)}: 10,000 test images, sum over {rows['seed'].nunique()} seeds"
             matrix = confusion_of(folder, name)
             metrics.draw_confusion(folder / f"confusion_{name}.png", matrix, CLASSES, title)
     selected = runs[runs["experiment"].isin(SELECTED)]
     if len(selected):
         title = f"Do shared keys and values cost accuracy on clothes? {duration_of(selected)}"
-        own = history[history["experiment"].isin(SELECTED)]
         varied = "key/value heads of 8 query heads"
-        metrics.draw_sweep(folder / "sweep_kv_heads.png", selected, own, title, varied)
+        metrics.draw_sweep(folder / "sweep_kv_heads.png", selected, of_selected, title, varied)
     for name, (question, varied, ordered) in SWEEPS.items():
         rows = rows_to_compare(runs, name)
         own = rows_to_compare(history, name)
@@ -1605,7 +1613,7 @@ def draw_speed_tables(folder: Path) -> None:
         draw_decode(folder / "decode.png", times)
     benchmarks = metrics.load_rows(folder / "benchmark.csv")
     if len(benchmarks):
-        title = "Speed beside what a user would take"
+        title = "How long does it take, beside what one would compare it with?"
         metrics.draw_ratios(folder / "benchmark.png", benchmarks, title)
 
 
@@ -1694,8 +1702,11 @@ def draw_maps(path: Path, rows: pd.DataFrame, title: str, largest: float) -> Non
                 own = of_image[of_image["head"] == head]
                 table = np.stack([numbers_of(text) for text in own["weights"]])  # (28, 28)
                 left = 32 * (head + 1)
-                place = {"extent": (left, left + 28, 28, 0), "vmin": 0, "vmax": largest}
-                shown = axes.imshow(table, cmap="magma", **place)
+                # a scale of square roots: small weights, too, are to be seen
+                scale = metrics.matplotlib.colors.PowerNorm(0.5, vmin=0, vmax=largest)
+                shown = axes.imshow(
+                    table, cmap="magma", norm=scale, extent=(left, left + 28, 28, 0)
+                )
                 kv_head = own["kv_head"].iloc[0]
                 across = [left, left + 28, left + 28, left, left]  # a frame
                 color = metrics.COLORS[kv_head % len(metrics.COLORS)]
@@ -1708,7 +1719,8 @@ def draw_maps(path: Path, rows: pd.DataFrame, title: str, largest: float) -> Non
             axes.set_title(of_image["class"].iloc[0], loc="left")
             axes.spines["bottom"].set_visible(False)
             axes.grid(False)
-        panels[0, 0].figure.colorbar(shown, ax=panels, label="attention weight", shrink=0.7)
+        bar = {"label": "attention weight (square-root scale)", "shrink": 0.7}
+        panels[0, 0].figure.colorbar(shown, ax=panels, ticks=[0, 0.01, 0.1, 0.3, 0.6, 0.9], **bar)
 
 
 def draw_recall(path: Path, rows: pd.DataFrame) -> None:
@@ -1766,9 +1778,8 @@ def upcycled_rows(found: pd.DataFrame, runs: pd.DataFrame, task: str) -> pd.Data
 
 def draw_upcycling(path: Path, found: pd.DataFrame, runs: pd.DataFrame) -> None:
     """A panel for clothes and one for recall: the three ways to fewer key/value heads."""
-    title = (
-        "Upcycling: key/value heads of a trained model averaged in groups (bars: range of seeds)"
-    )
+    title = "Upcycling: the key/value heads of a trained model, averaged in groups\n"
+    title += metrics.bands_of(found)
     tasks = {"mha": "clothes", "recall": "recall"}
     tasks = {name: task for name, task in tasks.items() if (found["experiment"] == name).any()}
     with metrics.picture(path, title, 1, len(tasks), width=13, squeeze=False) as panels:
@@ -1912,7 +1923,7 @@ def write_summary(folder: Path, runs: pd.DataFrame) -> None:
     for name, (_, varied, _) in SWEEPS.items():
         rows = runs[runs["experiment"] == name]
         if len(rows) and name not in ("control", *RECALLS):
-            parts = [f"**Validation images** {duration_of(rows)}"]
+            parts = [f"**Validation images** {duration_of(rows)}".strip()]
             parts.append(metrics.score_table(rows, "val_", "value", varied))
             if name == "scale":
                 parts += scale_parts(folder)
@@ -1974,11 +1985,12 @@ def selected_sections(folder: Path, selected: pd.DataFrame) -> dict[str, list[st
         for row in first.to_dict("records")
     ]
     sections["What sharing saves"] = [metrics.markdown(saved)]
+    note = "**Validation images**, on which the settings were chosen."
     table = metrics.score_table(selected, "val_", "experiment")
     pictures = "![the four side by side](sweep_kv_heads.png)"
     maps = [name for name in ("mha", "mqa") if (folder / f"maps_{name}.png").exists()]
     maps = [f"![attention maps of {name}](maps_{name}.png)" for name in maps]
-    sections["Selected models, validation images"] = [table, pictures, *maps]
+    sections["Selected models, validation images"] = [note, table, pictures, *maps]
     settings = first.set_index("experiment")[list(config_columns(BASE))].T
     settings = settings.rename_axis("field").reset_index()
     sections["Config of the selected models"] = [metrics.markdown(settings)]
@@ -2099,9 +2111,9 @@ def speed_section(folder: Path) -> dict[str, list[str]]:
     parts = []
     benchmarks = metrics.load_rows(folder / "benchmark.csv")
     if len(benchmarks):
-        parts.append("Medians of times taken in turn. Ratio: first over second, lower is better.")
-        columns = ["name", "first", "second", "unit", "ratio", "device", "threads"]
-        parts.append(metrics.markdown(benchmarks[columns]))
+        note = "Medians of times taken in turn. Ratio: first / second, below 1 the first is faster."
+        parts.append(note)
+        parts.append(metrics.ratio_table(benchmarks))
         parts.append("![speed](benchmark.png)")
     times = metrics.load_rows(folder / "decode.csv")
     if len(times):
