@@ -1712,8 +1712,8 @@ def draw_maps(path: Path, rows: pd.DataFrame, title: str, largest: float) -> Non
                 color = metrics.COLORS[kv_head % len(metrics.COLORS)]
                 axes.plot(across, [0, 0, 28, 28, 0], color=color, linewidth=3)
                 if i == 0:
-                    names = f"query head {head}\nkey/value head {kv_head}"
-                    axes.text(left + 14, -2, names, ha="center", fontsize=10)
+                    names = f"query head {head}\nK/V head {kv_head}"
+                    axes.text(left + 14, -2, names, ha="center", fontsize=13)
             axes.set(xlim=(-0.5, 32 * (n_heads + 1) - 3), xticks=[], yticks=[0, 14, 28])
             axes.set_ylim(28.5, -0.5)
             axes.set_title(of_image["class"].iloc[0], loc="left")
@@ -1727,7 +1727,8 @@ def draw_recall(path: Path, rows: pd.DataFrame) -> None:
     """Three sequences: garments with labels, the answer given, the heads' weights of the last."""
     rows = rows.astype({"sequence": int, "label": int, "answer": int, "predicted": int})
     blocks = [column for column in rows if column.startswith("block_")]
-    title = "Recall: what the ninth garment, which has no label, attends to"
+    title = "Recall: what the ninth garment, which has no label, attends to\n"
+    title += "below each its label, ← where the class is the same; last: the answer that was given"
     size = {"width": 15, "height": 11, "height_ratios": [1, 1.2] * 3, "squeeze": False}
     with metrics.picture(path, title, 6, len(blocks), **size) as panels:
         for i, block in itertools.product(range(3), range(len(blocks))):
@@ -1737,13 +1738,11 @@ def draw_recall(path: Path, rows: pd.DataFrame) -> None:
             strip = np.concatenate([p.reshape(28, 28) for p in pixels_of(own)], axis=1)
             garments.imshow(strip, cmap="gray_r", extent=(0, len(own), 0, 1), aspect="auto")
             answer = own["answer"].iloc[0]
-            names = [f"label {n}" + (" ←" if n == answer else "") for n in own["label"]]
-            names[-1] = f"label? {own['predicted'].iloc[0]}"
-            garments.set_xticks(np.arange(len(own)) + 0.5, names, fontsize=10)
+            names = [f"{n} ←" if n == answer else str(n) for n in own["label"]]
+            names[-1] = f"? {own['predicted'].iloc[0]}"
+            garments.set_xticks(np.arange(len(own)) + 0.5, names, fontsize=14)
             garments.set_yticks([])
-            garments.set_title(
-                f"sequence {i}, block {block + 1} (← is of the same class)", loc="left"
-            )
+            garments.set_title(f"sequence {i}, block {block + 1}", loc="left")
             table = np.stack([numbers_of(text) for text in own[blocks[block]]], axis=1)  # (H, T)
             shown = heads.imshow(
                 table,
@@ -1754,7 +1753,8 @@ def draw_recall(path: Path, rows: pd.DataFrame) -> None:
                 extent=(0, len(own), len(table), 0),
             )
             heads.set_xticks([])
-            heads.set_yticks(np.arange(len(table)) + 0.5, range(len(table)), fontsize=8)
+            every_second = np.arange(0, len(table), 2)
+            heads.set_yticks(every_second + 0.5, every_second)
             heads.set_ylabel("head")
             garments.grid(False)
             heads.grid(False)
