@@ -587,7 +587,7 @@ def draw_kernels(
     maps = {(name, kernel): corr2d(images[name], kernels[kernel]) for name, kernel in pairs}
     limit = max(found.abs().max().item() for found in maps.values())
     largest = max(kernel.abs().max().item() for kernel in kernels.values())
-    size = {"width": 1.5 * len(columns) + 1.2, "height": 1.75 * (len(images) + 1) + 1}
+    size = {"width": 1.5 * len(columns) + 1.2, "height": 1.4 * (len(images) + 1) + 1}
     with metrics.picture(path, title, len(images) + 1, len(columns), **size) as panels:
         for axes in panels.flat:
             axes.set(xticks=[], yticks=[])
@@ -718,15 +718,16 @@ def comparison_table(scores: pd.DataFrame) -> str:
 def draw_networks(path: Path, scores: pd.DataFrame) -> None:
     """A panel a data set: test accuracy of each network, with its t interval."""
     title = "Test accuracy of the networks of stages 1 and 2 and of the CNN"
-    spread = "mean and 95 % t interval over seeds"
+    spread = "every seed, their mean and its 95 % t interval"
     size = {"n_columns": 2, "width": 12, "height": 4.8}
+    color_of = metrics.colors_of(list(dict.fromkeys(scores["network"])), ordered=False)
     with metrics.picture(path, f"{title}\n({spread})", **size) as panels:
         groups = scores.groupby("dataset", sort=False)
         for axes, (dataset, rows) in zip(panels, groups, strict=False):
             n_seeds = rows.groupby("network")["seed"].nunique()
             named = rows.assign(name=[f"{name}\nn = {n_seeds[name]}" for name in rows["network"]])
-            colors = metrics.colors_of(list(dict.fromkeys(named["name"])), ordered=False)
-            metrics.draw_points(axes, named, "name", "percent", colors)
+            colors = {name: color_of[name.rsplit("\n", 1)[0]] for name in named["name"]}
+            metrics.draw_points(axes, named, "name", "percent", colors, highest=100)
             changed = RECIPES[dataset].augmentation
             axes.set_title(f"{dataset}; images {changed} for the CNN")
             axes.set(xlabel="", ylabel="test accuracy (%)")

@@ -883,7 +883,7 @@ def draw_digits(path: Path, rows: pd.DataFrame, n_each: int = 1) -> None:
 def draw_course(path: Path, history: pd.DataFrame) -> None:
     """Nats an image during training."""
     title = "The GPT learns to write: nats an image, given its class"
-    with metrics.picture(path, f"{title}\n(lower is better)", width=10) as axes:
+    with metrics.picture(path, f"{title}\n(1 seed; lower is better)", width=10) as axes:
         names = {"train_nats": "training images, dropout on", "val_nats": "1,000 validation images"}
         for (column, name), color in zip(names.items(), metrics.COLORS, strict=False):
             metrics.draw_line(axes, history, "epoch", column, color=color, label=name)
@@ -914,7 +914,8 @@ def draw_kv_heads(path: Path, runs: pd.DataFrame, history: pd.DataFrame) -> None
     colors = metrics.colors_of(list(dict.fromkeys(runs["value"])), ordered=True)
     steps = history["step"].max()
     title = f"What does sharing keys and values cost? 8 query heads, {steps:,} steps"
-    spread = f"{runs['seed'].nunique()} seeds: 95 % t interval left, range right"
+    left_shows = "left: every seed, mean and 95 % t interval"
+    spread = f"{runs['seed'].nunique()} seeds; {left_shows}; right: mean, lowest and highest"
     size = {"n_columns": 2, "width": 13, "height": 5}
     with metrics.picture(path, f"{title}\n({spread})", **size) as (left, right):
         metrics.draw_points(left, runs, "value", "val_nats_given_class", colors)

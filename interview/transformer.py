@@ -1096,7 +1096,9 @@ def draw_maps(path: Path, model: StripReader, examples: dict[str, tuple[Strips, 
 
 def draw_misread(path: Path, strips: Strips, written: Tensor, title: str) -> None:
     """The strips one below the other in three columns, with what is there and what was written."""
-    with metrics.picture(path, title, 4, 3, width=13, height=6) as panels:
+    n_rows = max(1, math.ceil(min(len(written), 12) / 3))
+    size = {"width": 13, "height": 1.5 * n_rows + 0.8, "squeeze": False}
+    with metrics.picture(path, title, n_rows, 3, **size) as panels:
         for axes in panels.flat:
             axes.axis("off")
         n = min(len(written), panels.size)
@@ -1104,7 +1106,7 @@ def draw_misread(path: Path, strips: Strips, written: Tensor, title: str) -> Non
             W = int(strips.widths[i])
             axes.imshow(strips.images[i, :, :W].numpy(), cmap="gray_r")
             words = f"{text_of(strips.numbers[i])}, written: {text_of(written[i])}"
-            axes.set_title(words, fontsize=11)
+            axes.set_title(words, fontsize=14)
 
 
 def text_of(numbers: Tensor) -> str:
@@ -1169,7 +1171,7 @@ def show_reading(out: Path, model: StripReader, n_strips: int, data: Data) -> No
     is_wrong = (written != targets).any(1)
     wrong = Strips(*(part[is_wrong] for part in strips))
     n_wrong = int(is_wrong.sum())
-    title = f"{n_wrong} of {n_strips:,} validation strips are misread"
+    title = f"{n_wrong} of {n_strips:,} validation strips are misread ({MAIN}, seed 0)"
     shown = "; the first 12" if n_wrong > 12 else ""
     draw_misread(out / "transformer_misread.png", wrong, written[is_wrong], title + shown)
 
