@@ -543,7 +543,7 @@ def draw_sweep(
     colors = colors_of(list(dict.fromkeys(runs["value"])), ordered)
     runs = runs.assign(percent=100 * runs["val_accuracy"])
     with picture(path, f"{title}\n({bars})", n_columns=2, width=13, height=5) as (left, right):
-        draw_points(left, runs, "value", "percent", colors, highest=100)
+        draw_points(left, runs, "value", "percent", colors, highest=101)
         low, high = left.get_ylim()
         widen = max(0, 2 - (high - low)) / 2  # 2 points at least: what is alike shall look alike
         low = max(low - widen, 0)
@@ -572,7 +572,7 @@ def draw_points(
 ) -> None:
     """For every value of x its seeds as small dots, their mean with its t interval and as a number.
 
-    `highest` is the largest number that y can be: an interval may reach beyond it, its text not.
+    No text stands higher than `highest`, whatever the interval of few seeds may reach.
     """
     style = {"hue": x, "palette": colors, "errorbar": t_interval, "capsize": 0.15}
     sns.pointplot(rows, x=x, y=y, ax=axes, legend=False, **style)
