@@ -332,11 +332,13 @@ def markdown(rows: list[dict] | pd.DataFrame) -> str:
     return cells.to_markdown(index=False, disable_numparse=True, colalign=sides)
 
 
-def score_table(runs: pd.DataFrame, images: str, by: str = "value", heading: str = "") -> str:
+def score_table(
+    runs: pd.DataFrame, images: str, by: str = "value", heading: str = "", whole: bool = False
+) -> str:
     """Markdown, a line for every value of column `by`: accuracy, its t interval and the loss.
 
-    `images` is "val_", or "test_", which adds macro F1: on classes of equal size it says no more
-    than accuracy. Both in %, mean ± standard deviation over n seeds.
+    `images` is "val_" or "test_". `whole` adds macro precision, recall and F1, which on classes of
+    nearly equal size say what accuracy says. All in %, mean ± standard deviation over n seeds.
     """
     table = []
     for value, found in runs.groupby(by, sort=False):
@@ -346,8 +348,9 @@ def score_table(runs: pd.DataFrame, images: str, by: str = "value", heading: str
         high = min(accuracy.mean + accuracy.half, 100.0)
         line = {heading or by: value, "accuracy %": str(accuracy)}
         line["95 % t interval"] = f"{low:.2f} … {high:.2f}" if accuracy.n > 1 else "–"
-        if images == "test_":
-            line["macro F1 %"] = str(summarise(100 * found["test_macro_f1"]))
+        for score in ("precision", "recall", "F1") if whole else ():
+            column = f"{images}macro_{score.lower()}"
+            line[f"macro {score} %"] = str(summarise(100 * found[column]))
         line["loss (nats)"] = f"{found[f'{images}loss'].mean(skipna=False):.4f}"
         line["parameters"] = f"{found['parameters'].iloc[0]:,.0f}"
         line["n"] = f"{accuracy.n}, {n_diverged} diverged" if n_diverged else str(accuracy.n)
@@ -586,7 +589,9 @@ def draw_points(
     axes.margins(y=0.12)  # room for the numbers
     width = max(8, 45 // groups.ngroups)  # letters in a line below a point
     names = [wrapped(str(value), width) for value, _ in groups]
-    axes.set_xticks(range(len(names)), names, fontsize=12 if len(names) < 6 else 9)
+    longest = max(len(line) for name in names for line in name.splitlines())
+    fits = longest * len(names) <= 45
+    axes.set_xticks(range(len(names)), names, fontsize=12 if fits else 9)
 
 
 def wrapped(text: str, width: int) -> str:

@@ -1099,7 +1099,7 @@ def write_summary(folder: Path, runs: pd.DataFrame) -> None:
         sections["Selected models, test images"] = [
             "**Test images**, read once for each run, at its end. The loss is plain cross-entropy: "
             "label smoothing in training (`baseline`) makes it larger at the same accuracy.",
-            metrics.score_table(selected, "test_", "experiment"),
+            metrics.score_table(selected, "test_", "experiment", whole=True),
         ]
         sections["Selected models, validation images"] = [
             "**Validation images**, on which these models were chosen.",
@@ -1118,7 +1118,8 @@ def write_summary(folder: Path, runs: pd.DataFrame) -> None:
         if len(rows) and name not in (*SELECTED, "faults"):
             note = f"**Validation images** {duration_of(rows)}".strip()
             varied = SWEEPS[name][1] if name in SWEEPS else VARIED[name]
-            table = metrics.score_table(rows, "val_", "value", varied)
+            whole = name in THE_BRIEF  # which asks for all metrics under every condition
+            table = metrics.score_table(rows, "val_", "value", varied, whole)
             picture = f"![{name}](sweep_{name}.png)"
             sections[f"Sweep: {name.replace('_', ' ')}"] = [note, table, picture]
     faults = metrics.load_rows(folder / "faults.csv")

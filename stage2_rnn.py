@@ -1426,7 +1426,7 @@ def write_summary(folder: Path, runs: pd.DataFrame) -> None:
         sections["Selected models, test images"] = [
             "**Test images**, read once for each run, at its end. The loss is plain cross-entropy: "
             "label smoothing in training makes it larger at the same accuracy.",
-            metrics.score_table(selected, "test_", "experiment"),
+            metrics.score_table(selected, "test_", "experiment", whole=True),
         ]
         sections["Selected models, validation images"] = [
             "**Validation images**, on which these models were chosen.",

@@ -1963,7 +1963,7 @@ def selected_sections(folder: Path, selected: pd.DataFrame) -> dict[str, list[st
         "Selected models, test images": [
             "**Test images**, read once for each run, at its end. The loss is plain cross-entropy: "
             "label smoothing in training makes it larger at the same accuracy.",
-            metrics.score_table(selected, "test_", "experiment"),
+            metrics.score_table(selected, "test_", "experiment", whole=True),
         ]
     }
     tests = mcnemar_rows(folder, selected)

@@ -258,6 +258,8 @@ def test_score_table_holds_means_intervals_and_what_diverged():
         {
             "value": ["a", "a", "b", "b"],
             "val_accuracy": [0.90, 0.92, 0.5, 0.1],
+            "val_macro_precision": [0.7, 0.9, 0.1, 0.1],
+            "val_macro_recall": [0.9, 0.94, 0.1, 0.1],
             "val_macro_f1": [0.8, 0.9, 0.1, 0.1],
             "val_loss": [0.25, 0.75, NAN, 1.0],
             "parameters": [1234] * 4,
@@ -270,8 +272,9 @@ def test_score_table_holds_means_intervals_and_what_diverged():
     interval = f"{low:.2f} … {min(high, 100):.2f}"
     assert cells[0] == ["a", "91.00 ± 1.41", interval, "0.5000", "1,234", "2"]
     assert cells[1][3:] == ["nan", "1,234", "2, 1 diverged"]
-    rows.columns = rows.columns.str.replace("val_", "test_")
-    assert " 85.00 ± 7.07 |" in metrics.score_table(rows, "test_")  # macro F1
+    lines = metrics.score_table(rows, "val_", whole=True).splitlines()
+    cells = [cell.strip() for cell in lines[2].strip("|").split("|")]
+    assert cells[3:6] == ["80.00 ± 14.14", "92.00 ± 2.83", "85.00 ± 7.07"]
 
 
 def history_of(value, seed, losses):
