@@ -400,7 +400,6 @@ def attention(
     check_heads(q, k, v)
     B, H, T, d = q.shape
     G, S, d_v = v.shape[1:]
-    group_queries = H // G * T  # that read the same key/value head
     if scale is None:
         scale = 1 / math.sqrt(d)
     # half precision is too coarse for scores and their softmax, and float16 ends at 65,504
@@ -409,7 +408,8 @@ def attention(
     # [Q0 Q1 | Q2 Q3] meets [K0 | K1]: the queries of a group, one below the other, are multiplied
     # by the one head of keys they share. No head is copied, to [K0 K0 | K1 K1]; but keys in half
     # precision are widened to float32 for the product, and that is a copy of these G heads
-    queries = (q.to(score_dtype) * scale).reshape(B, G, group_queries, d)
+    rows = H // G * T  # queries that are multiplied by the same head of keys
+    queries = (q.to(score_dtype) * scale).reshape(B, G, rows, d)
     with torch.autocast(q.device.type, enabled=False):  # it would round both products' factors
         scores = queries @ k.to(score_dtype).mT  # (B, G, H/G · T, S)
         scores = scores.reshape(B, H, T, S)
@@ -419,8 +419,8 @@ def attention(
             scores = masked_scores(scores, mask, causal)  # -∞ where a query may not look
             weights = softmax_or_zeros(scores)
         weights = weights.to(q.dtype)  # (B, H, T, S)
-        context_vec = weights.reshape(B, G, group_queries, S) @ v  # (B, G, H/G · T, d_v)
-    return context_vec.reshape(B, H, T, d_v), weights
+        out = weights.reshape(B, G, rows, S) @ v  # (B, G, H/G · T, d_v)
+    return out.reshape(B, H, T, d_v), weights
 
 
 def masked_scores(scores: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
@@ -497,8 +497,8 @@ class MultiHeadAttention(nn.Module):
         with unchanged_if_it_fails(cache):
             if cache is not None:
                 keys, values = cache.append(keys, values)  # (B, H, all S so far, d)
-            context_vec, weights = attention(queries, keys, values, mask, causal)  # (B, H, T, d)
-            return self.W_o(join_heads(context_vec)), weights
+            out, weights = attention(queries, keys, values, mask, causal)  # (B, H, T, d)
+            return self.W_o(join_heads(out)), weights
 
 
 class GroupedQueryAttention(nn.Module):
@@ -510,7 +510,7 @@ class GroupedQueryAttention(nn.Module):
     context. scaled=False leaves the 1 / √d out. ValueError on sizes that do not fit.
     """
 
-    FAR = 16  # distances beyond it count as it
+    FAR = 16  # tokens farther away use the vector of this distance (the paper's k)
 
     def __init__(self, d_model, n_heads, n_kv_heads, position="none", scaled=True):
         super().__init__()
@@ -547,8 +547,8 @@ class GroupedQueryAttention(nn.Module):
             if self.position == "relative":  # a float mask, which `attention` adds to the scores
                 bias = self.relative_bias(queries, keys.shape[2])  # (B, H, T, S)
                 mask = masked_scores(bias, mask, causal=False)
-            context_vec, weights = attention(queries, keys, values, mask, causal, self.scale)
-            return self.W_o(join_heads(context_vec)), weights
+            out, weights = attention(queries, keys, values, mask, causal, self.scale)
+            return self.W_o(join_heads(out)), weights
 
     def relative_bias(self, queries: Tensor, S: int) -> Tensor:
         """q_i · a_(j - i) / √d, to be added to the scores (Shaw 2018, eq. 5): (B, H, T, S).
@@ -724,10 +724,8 @@ class Block(nn.Module):
         return x, weights
 
     def drop(self, x: Tensor) -> Tensor:
-        """Dropout of the same features for all T tokens of an image (Gal 2016).
-
-        One draw of (B, 1, D) instead of (B, T, D): a CPU draws random numbers one by one.
-        """
+        """Dropout of the same features for all T tokens of an image (variational dropout, Gal
+        2016). It also takes T times fewer random numbers."""
         return x * self.dropout(torch.ones_like(x[:, :1]))
 
 
@@ -1636,7 +1634,7 @@ def pixels_of(rows: pd.DataFrame) -> np.ndarray:
 
 def draw_demo(path: Path, rows: pd.DataFrame) -> None:
     """The weights of up to four heads of each layer, with numbers, all on one scale."""
-    title = "Attention weights of one random matrix of six tokens: every row sums to 1"
+    title = "Attention weights of one random matrix of six tokens: every row sums to 1 (rounded)"
     layers = list(rows["layer"].unique())
     H = rows["head"].max() + 1
     heads = sorted({0, min(1, H - 1), H // 2, min(H // 2 + 1, H - 1)})  # of two groups
@@ -1661,30 +1659,41 @@ def draw_demo(path: Path, rows: pd.DataFrame) -> None:
         panels[0, 0].figure.colorbar(shown, ax=panels, **bar)
 
 
+def links_of(rows: pd.DataFrame) -> pd.DataFrame:
+    """Of the table `sharing`: the query heads that change with a head's keys and with its values,
+    a row for each pair of heads."""
+    pair = ["layer", "kv_head", "query_head"]
+    least = rows.groupby(pair, sort=False, as_index=False)["change"].min()  # of keys and of values
+    return least[least["change"] > CHANGED]
+
+
 def draw_sharing(path: Path, rows: pd.DataFrame) -> None:
-    """Which query heads change when a key/value head is disturbed: a line for each that does."""
+    """A line from each query head to the key/value head that it changes with."""
     layers = list(rows["layer"].unique())
-    title = "Who shares what: query heads that change when a key/value head is disturbed"
+    title = "Who shares what: a query head's output changes with these keys, and with these values"
+    links = links_of(rows)
+    label = {"ha": "center", "va": "center", "color": "white", "fontsize": 12}
     with metrics.picture(path, title, len(layers), 1, width=11, height=8, squeeze=False) as panels:
         for layer, axes in zip(layers, panels.flat, strict=True):
-            own = rows[rows["layer"] == layer]
-            n_heads = own["query_head"].max() + 1
-            n_kv_heads = own["kv_head"].max() + 1
-            for row in own[own["change"] > CHANGED].to_dict("records"):
-                color = metrics.COLORS[row["kv_head"] % len(metrics.COLORS)]
-                across = (row["kv_head"] + 0.5) * n_heads / n_kv_heads - 0.5  # under its group
-                axes.plot([row["query_head"], across], [1, 0], color=color, zorder=1)
-                axes.scatter(row["query_head"], 1, s=600, marker="o", color=color, zorder=2)
-                axes.scatter(across, 0, s=600, marker="s", color=color, zorder=2)
-                text = {"ha": "center", "va": "center", "color": "white", "fontsize": 13}
-                axes.text(row["query_head"], 1, row["query_head"], **text)
-                axes.text(across, 0, row["kv_head"], **text)
+            own = links[links["layer"] == layer]
+            n_heads = rows.loc[rows["layer"] == layer, "query_head"].max() + 1
+            n_kv_heads = rows.loc[rows["layer"] == layer, "kv_head"].max() + 1
+            for kv_head, of_head in own.groupby("kv_head"):
+                color = metrics.COLORS[kv_head % len(metrics.COLORS)]
+                across = (kv_head + 0.5) * n_heads / n_kv_heads - 0.5  # under its group
+                for query_head in of_head["query_head"]:
+                    axes.plot([query_head, across], [1, 0], color=color, zorder=1)
+                    axes.scatter(query_head, 1, s=700, marker="o", color=color, zorder=2)
+                    axes.text(query_head, 1, f"Q{query_head}", **label)
+                axes.scatter(across, 0, s=1100, marker="s", color=color, zorder=2)
+                axes.text(across, 0, f"K{kv_head}\nV{kv_head}", **label)
             heads = "head" if n_kv_heads == 1 else "heads"
             axes.set_title(f"{layer}: {n_kv_heads} key/value {heads}", loc="left")
-            axes.set_ylim(-0.45, 1.45)
+            axes.set_ylim(-0.55, 1.45)
             axes.axis("off")
-        for marker, label in (("o", "query head"), ("s", "key/value head")):
-            panels[0, 0].scatter([], [], s=150, marker=marker, color="grey", label=label)
+        hollow = {"s": 150, "color": "white", "edgecolor": "black"}
+        panels[0, 0].scatter([], [], marker="o", label="query head", **hollow)
+        panels[0, 0].scatter([], [], marker="s", label="head of keys and values", **hollow)
         metrics.legend_beside(panels[0, 0])
 
 
@@ -1980,7 +1989,7 @@ def selected_sections(folder: Path, selected: pd.DataFrame) -> dict[str, list[st
             "model": row["experiment"],
             "key/value heads": row["n_kv_heads"],
             "parameters": f"{row['parameters']:,}",
-            "cache of one image (KiB)": f"{row['cache_bytes'] / 1024:.1f}",
+            "cache of 28 tokens, decoded causally (KiB)": f"{row['cache_bytes'] / 1024:.1f}",
         }
         for row in first.to_dict("records")
     ]
@@ -2387,7 +2396,7 @@ def run_experiments(command: RunCommand) -> None:
                 data = Data(first, every_50th(data.val), every_50th(data.test))
             train_and_save(todo, data, device, workers, command.dask, folder)
         if not (command.only or command.smoke):
-            metrics.replace_rows(folder, demo_tables(DemoCommand()), [])
+            metrics.replace_rows(folder, demo_tables(*demo_layers(DemoCommand())), [])
         if "faults" in experiments:
             metrics.replace_rows(folder, {"arithmetic": arithmetic_faults()}, [])
         drop_outdated(runs, folder)
@@ -2937,29 +2946,25 @@ def demo(command: DemoCommand) -> None:
     The factor 2 makes the scores four times as large. Without it a layer that is not trained
     gives all six tokens nearly the same weight, 1/6, and there is nothing to see.
     """
-    torch.manual_seed(command.seed)
-    x = 2 * torch.randn(1, 6, command.d_model)
-    multi_head = MultiHeadAttention(command.d_model, command.n_heads)
-    _, weights = multi_head(x)  # the output (1, 6, D), and the weights (1, H, 6, 6)
+    x, layers = demo_layers(command)
+    _, weights = layers["MHA"](x)  # the output (1, 6, D), and the weights (1, H, 6, 6)
     print(weights[0, 0].detach())
     print(f"its rows sum to {weights[0, 0].sum(-1).tolist()}")
-    tables = demo_tables(command)
+    tables = demo_tables(x, layers)
     folder = folder_of(command.out or HERE / "figures")
     with claimed(folder):
         metrics.replace_rows(folder, tables, [])
         draw_demo_tables(folder)
         renew_summary(folder)
-    links = pd.DataFrame(tables["sharing"])
-    links = links[links["change"] > CHANGED]
+    links = links_of(pd.DataFrame(tables["sharing"]))
     for (name, kv_head), own in links.groupby(["layer", "kv_head"], sort=False):
         readers = ", ".join(map(str, own["query_head"]))
         print(f"{name}: key/value head {kv_head} is read by the query heads {readers}")
     print(f"pictures: {folder / 'demo_weights.png'}, {folder / 'demo_sharing.png'}")
 
 
-@torch.no_grad()
-def demo_tables(command: DemoCommand) -> dict[str, list[dict]]:
-    """The weights of each layer's heads, a row for each query, and who shares what."""
+def demo_layers(command: DemoCommand) -> tuple[Tensor, dict[str, nn.Module]]:
+    """The random matrix x (1, 6, D), and a layer of each kind with random weights of its own."""
     D = command.d_model
     H = command.n_heads
     torch.manual_seed(command.seed)
@@ -2969,36 +2974,54 @@ def demo_tables(command: DemoCommand) -> dict[str, list[dict]]:
         "GQA": GroupedQueryAttention(D, H, command.n_kv_heads),
         "MQA": MultiQueryAttention(D, H),
     }
-    groups = {"MHA": H, "GQA": command.n_kv_heads, "MQA": 1}
+    return x, layers
+
+
+@torch.no_grad()
+def demo_tables(x: Tensor, layers: dict[str, nn.Module]) -> dict[str, list[dict]]:
+    """The weights of each layer's heads, a row for each query, and who shares what."""
     tables = {"demo": [], "sharing": []}
     for name, layer in layers.items():
+        H = layer.n_heads
+        G = n_kv_heads_of(layer)
         _, weights = layer(x)  # (1, H, 6, 6)
         for head, query in itertools.product(range(H), range(6)):
             own = weights[0, head, query]
             row = {"experiment": "demo", "layer": name, "head": head, "query": query}
-            row["reads"] = f"key/value head {head // (H // groups[name])}"
+            row["reads"] = f"key/value head {head // (H // G)}"
             row |= {"weights": text_of(own), "row_error": own.sum().item() - 1}
             tables["demo"].append(row)
-        tables["sharing"] += sharing_rows(name, layer, groups[name], x)
+        tables["sharing"] += sharing_rows(name, layer, x)
     return tables
 
 
-def sharing_rows(name: str, layer: nn.Module, n_kv_heads: int, x: Tensor) -> list[dict]:
-    """Disturb the values of one key/value head after the other: which query heads give something
-    else? The layer itself stays as it is."""
+def n_kv_heads_of(layer: nn.Module) -> int:
+    d_head = layer.W_q.out_features // layer.n_heads
+    return layer.W_k.out_features // d_head
+
+
+def sharing_rows(name: str, layer: nn.Module, x: Tensor) -> list[dict]:
+    """Disturb the keys, then the values, of one key/value head after the other: which query heads
+    give something else? The layer itself stays as it is."""
+    G = n_kv_heads_of(layer)
     q = split_heads(layer.W_q(x), layer.n_heads)  # (1, H, 6, d)
-    k = split_heads(layer.W_k(x), n_kv_heads)  # (1, G, 6, d)
-    v = split_heads(layer.W_v(x), n_kv_heads)  # (1, G, 6, d)
+    k = split_heads(layer.W_k(x), G)  # (1, G, 6, d)
+    v = split_heads(layer.W_v(x), G)  # (1, G, 6, d)
     before, _ = attention(q, k, v)  # (1, H, 6, d)
     rows = []
-    for kv_head in range(n_kv_heads):
-        disturbed = v.clone()
-        disturbed[:, kv_head] += 1
-        after, _ = attention(q, k, disturbed)
-        change = (after - before).abs().amax((0, 2, 3))  # (H,)
-        for head, amount in enumerate(change.tolist()):
-            row = {"experiment": "demo", "layer": name, "kv_head": kv_head}
-            rows.append(row | {"query_head": head, "change": amount})
+    for kv_head in range(G):
+        other_k = k.clone()
+        other_k[:, kv_head, 0] += 1  # of one token: added to all keys, softmax would not see it
+        other_v = v.clone()
+        other_v[:, kv_head] += 1
+        for part, after in (
+            ("keys", attention(q, other_k, v)[0]),
+            ("values", attention(q, k, other_v)[0]),
+        ):
+            change = (after - before).abs().amax((0, 2, 3))  # (H,)
+            for head, amount in enumerate(change.tolist()):
+                row = {"experiment": "demo", "layer": name, "kv_head": kv_head, "disturbed": part}
+                rows.append(row | {"query_head": head, "change": amount})
     return rows
 
 

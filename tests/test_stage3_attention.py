@@ -1125,10 +1125,10 @@ def test_every_fault_names_two_runs_and_every_run_belongs_to_one():
 def test_the_demo_finds_who_shares_what(heads):
     H, G = heads
     command = stage.DemoCommand(d_model=24, n_heads=H, n_kv_heads=G)
-    tables = stage.demo_tables(command)
+    tables = stage.demo_tables(*stage.demo_layers(command))
     for layer, n_kv_heads in (("MHA", H), ("GQA", G), ("MQA", 1)):
         links = [row for row in tables["sharing"] if row["layer"] == layer]
-        assert len(links) == H * n_kv_heads
+        assert len(links) == 2 * H * n_kv_heads  # by the keys, and by the values
         for link in links:
             reads = link["query_head"] // (H // n_kv_heads) == link["kv_head"]
             assert (link["change"] > stage.CHANGED) == reads
@@ -1138,7 +1138,7 @@ def test_the_demo_finds_who_shares_what(heads):
             assert row["reads"] == f"key/value head {row['head'] // (H // n_kv_heads)}"
             assert sum(float(w) for w in row["weights"].split()) == pytest.approx(1, abs=0.004)
             assert abs(row["row_error"]) < 1e-6
-    assert stage.demo_tables(command) == tables
+    assert stage.demo_tables(*stage.demo_layers(command)) == tables
 
 
 def test_the_five_lines_of_the_demo_run_as_they_stand(capsys):
@@ -1147,7 +1147,8 @@ def test_the_five_lines_of_the_demo_run_as_they_stand(capsys):
     assert len(lines) == 5
     exec("\n".join(lines), {})
     printed = capsys.readouterr().out
-    first = stage.demo_tables(stage.DemoCommand())["demo"][0]["weights"].split()[0]
+    tables = stage.demo_tables(*stage.demo_layers(stage.DemoCommand()))
+    first = tables["demo"][0]["weights"].split()[0]
     assert f"[[{first[:4]}" in printed
 
 
