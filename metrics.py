@@ -83,9 +83,12 @@ def counts(matrix) -> Counts:
 
 
 def accuracy(matrix) -> float:
-    """准确率: the share of samples on the diagonal, sum of TP / number of samples."""
-    matrix = check_matrix(matrix)
-    return matrix.diagonal().sum().item() / matrix.sum().item()
+    """准确率: sum of TP over all samples; every sample is the TP or the FN of its own class.
+
+    With two classes this is (TP + TN) / (TP + TN + FP + FN) of either.
+    """
+    c = counts(matrix)
+    return c.tp.sum().item() / (c.tp + c.fn).sum().item()
 
 
 def precision(matrix, average: str | None = None, zero_division: float = 0.0):

@@ -572,18 +572,16 @@ class Recurrent(nn.Module):
         for layer in range(self.n_layers):
             if layer > 0:
                 x = F.dropout(x, self.dropout, self.training)
-            first = layer * self.n_directions  # the layer's cell that reads forwards
-            outputs, last = read(self.cells[first], x, start_states[first], is_inside)
-            last_states.append(last)
-            if self.n_directions == 2:
-                cell = self.cells[first + 1]
-                reversed_x = backwards(x, lengths)
-                reversed_outputs, last = read(cell, reversed_x, start_states[first + 1], is_inside)
+            outputs = []
+            for direction in range(self.n_directions):  # 0 reads forwards, 1 backwards
+                i = layer * self.n_directions + direction
+                inputs = x if direction == 0 else backwards(x, lengths)
+                of_cell, last = read(self.cells[i], inputs, start_states[i], is_inside)
+                outputs.append(of_cell if direction == 0 else backwards(of_cell, lengths))
                 last_states.append(last)
-                outputs = torch.cat([outputs, backwards(reversed_outputs, lengths)], 2)
-            x = outputs  # (T, B, H · directions)
-            if is_inside is not None:
-                x = x.masked_fill(~is_inside, 0)
+            x = torch.cat(outputs, 2)  # (T, B, H · directions)
+        if is_inside is not None:  # what stands past an end is the state that stood still
+            x = x.masked_fill(~is_inside, 0)
         return x.transpose(0, 1), stacked(last_states)
 
 
@@ -638,9 +636,10 @@ class RecurrentClassifier(nn.Module):
 def initialise(model: RecurrentClassifier, init: str, forget_bias: float = 0.0) -> None:
     """How W_hh starts, gate by gate; all but "default" set b_xh to 0.
 
-    "default": as nn.Linear draws it, U(±1 / √H). "orthogonal": W_hh h is as long as h (Saxe 2014).
-    "large": twice as long. "identity": for ReLU (Le 2015). An LSTM's forget gate gets its own bias:
-    1 keeps it open at the start (Jozefowicz 2015), ln T for T steps (Tallec 2018).
+    "default": as nn.Linear draws it, U(±1 / √H), and so stays a GRU's b_hh. "orthogonal": W_hh h is
+    as long as h (Saxe 2014). "large": twice as long. "identity": for ReLU (Le 2015). An LSTM's
+    forget gate gets its own bias: 1 keeps it open at the start (Jozefowicz 2015), ln T for T steps
+    (Tallec 2018).
     """
     for cell in model.recurrent.cells:
         H = cell.W_hh.in_features
@@ -1022,12 +1021,13 @@ def execute(
         row[name] = history[-1][name]
     row["parameters"] = sum(p.numel() for p in model.parameters())
     row |= origin | {"threads": torch.get_num_threads()}
-    tables = {"runs": [row], "history": [run.key | logged for logged in history]}
+    of_test = {}
     if read_test:
         test = evaluate(model, data.test, config)
         row |= {f"test_{name}": test[name] for name in test if name in SCORES}
-        tables |= test_tables(run, test)
-    tables |= side_tables(run, model, history, data)
+        of_test = test_tables(run, test)
+    tables = {"runs": [row], "history": [run.key | logged for logged in history]}
+    tables |= of_test | side_tables(run, model, history, data)
     return tables, {name: value.cpu() for name, value in model.state_dict().items()}
 
 
@@ -1548,6 +1548,7 @@ class RunCommand(Common):
     def check(self) -> None:
         check_range("seeds", self.seeds, 1, 1000)
         check_range("workers", self.workers, 0, 1024)
+        check_smoke(self)
 
     @property
     def experiments(self) -> list[str]:
@@ -1587,6 +1588,9 @@ class BenchmarkCommand(Common):
     """Time a training step beside torch's own modules: about 10 minutes."""
 
     smoke: bool = False  # as short as it goes; without --out into a temporary folder
+
+    def check(self) -> None:
+        check_smoke(self)
 
 
 @dataclass(frozen=True)
@@ -1697,6 +1701,12 @@ def device_of(device: str) -> str:
     return device
 
 
+def check_smoke(command: RunCommand | BenchmarkCommand) -> None:
+    """ValueError if a smoke run's toy rows would take the place of the committed ones."""
+    if command.smoke and command.out and command.out.resolve() == HERE / "figures":
+        raise ValueError(f"--smoke must not write to {HERE / 'figures'}: name another --out")
+
+
 def folder_of(out: Path) -> Path:
     return Path(out).resolve() / "stage2"
 
@@ -1723,6 +1733,7 @@ def run_experiments(command: RunCommand) -> None:
     with claimed(folder):
         metrics.drop_rows_of_no_run(folder)
         if command.fresh:
+            load_data(command.data_dir, command.download)  # if any is missing, nothing is removed
             saved = metrics.load_rows(folder / "runs.csv", as_text=True)
             metrics.remove_runs(folder, saved["experiment"].isin(experiments))
         todo, n_outdated = unfinished(runs, folder)

@@ -1158,14 +1158,15 @@ def execute(
     n_tokens, _, _ = sizes_of(config)
     row["cache_bytes"] = sum(cache.nbytes for cache in model.caches(1, n_tokens))
     row |= origin | {"threads": torch.get_num_threads()}
-    tables = {"runs": [row], "history": [run.key | logged for logged in history]}
+    of_test = {}
     if read_test:
         test_images = judged_on(data.test, config, N_TEST)
         test = evaluate(model, test_images)
         row |= {f"test_{name}": test[name] for name in test if name in SCORES}
         if config.task == "clothes":
-            tables |= test_tables(run, test, test_images.labels)
-    tables |= side_tables(run, model, data)
+            of_test = test_tables(run, test, test_images.labels)
+    tables = {"runs": [row], "history": [run.key | logged for logged in history]}
+    tables |= of_test | side_tables(run, model, data)
     return tables, {name: value.cpu() for name, value in model.state_dict().items()}
 
 
@@ -2185,6 +2186,7 @@ class RunCommand(Common):
     def check(self) -> None:
         check_range("seeds", self.seeds, 1, 1000)
         check_range("workers", self.workers, 0, 1024)
+        check_smoke(self)
 
     @property
     def experiments(self) -> list[str]:
@@ -2224,6 +2226,9 @@ class BenchmarkCommand(Common):
     """Time decoding, and a layer's forward and backward, beside what a user would take instead."""
 
     smoke: bool = False  # as short as it goes; without --out into a temporary folder
+
+    def check(self) -> None:
+        check_smoke(self)
 
 
 @dataclass(frozen=True)
@@ -2352,6 +2357,12 @@ def device_of(device: str) -> str:
     return device
 
 
+def check_smoke(command: RunCommand | BenchmarkCommand) -> None:
+    """ValueError if a smoke run's toy rows would take the place of the committed ones."""
+    if command.smoke and command.out and command.out.resolve() == HERE / "figures":
+        raise ValueError(f"--smoke must not write to {HERE / 'figures'}: name another --out")
+
+
 def folder_of(out: Path) -> Path:
     return Path(out).resolve() / "stage3"
 
@@ -2378,6 +2389,7 @@ def run_experiments(command: RunCommand) -> None:
     with claimed(folder):
         metrics.drop_rows_of_no_run(folder)
         if command.fresh:
+            load_data(command.data_dir, command.download)  # if any is missing, nothing is removed
             saved = metrics.load_rows(folder / "runs.csv", as_text=True)
             metrics.remove_runs(folder, saved["experiment"].isin(experiments))
         todo, n_outdated = unfinished(runs, folder)

@@ -47,6 +47,7 @@ BAD_FLAGS = {
         (["train", "--hidden", "128", "0"], "hidden must be at least 1, not 0"),
         (["train", "--hidden", "9" * 20], "hidden must be at most"),
         (["train", "--dropout", "1"], "dropout must be at most 0.99, not 1.0"),
+        (["train", "--loss", "naive"], "label_smoothing must be 0 for the naive loss"),
         (["train", "--activation", "swish"], "swish"),
     ],
     "stage2_rnn": [
@@ -278,7 +279,7 @@ def test_what_a_gpu_trained_is_judged_alike_on_the_cpu(stage, tmp_path, folder_o
     loaded = stage.load_weights(weights)
     val = stage.load_data().val
     if stage.__name__ == "stage1_mlp":
-        found = stage.evaluate(loaded, val)
+        found = stage.evaluate(loaded[0], val)
     elif stage.__name__ == "stage2_rnn":
         found = stage.evaluate(loaded[0], val, loaded[1])
     else:
@@ -407,6 +408,22 @@ if __name__ == "__main__":
         print(cluster.scheduler_address, flush=True)
         sys.stdin.read()
 """
+
+
+def test_toy_rows_never_take_the_place_of_committed_ones(stage, capsys):
+    for command in ("run", "benchmark"):
+        with pytest.raises(SystemExit) as stopped:
+            stage.main([command, "--smoke", "--out", str(ROOT / "figures")])
+        assert stopped.value.code == 2
+        assert "name another --out" in capsys.readouterr().err
+
+
+def test_fresh_removes_nothing_while_data_is_missing(stage, quick, tmp_path, folder_of, capsys):
+    shutil.copytree(quick, folder_of(tmp_path))
+    words = ["--only", QUICK[stage.__name__], "--fresh", "--out", str(tmp_path)]
+    assert stage.main([*words, "--data-dir", str(tmp_path / "none")]) == 1
+    assert "none" in capsys.readouterr().err
+    pd.testing.assert_frame_equal(rows_of(folder_of(tmp_path)), rows_of(quick))
 
 
 @pytest.mark.parametrize("stage", ["stage1_mlp"], indirect=True)  # 20 seconds each
@@ -548,8 +565,9 @@ def test_train_names_its_run_by_what_was_changed_and_always_trains(
     assert sorted(runs["seed"]) == ["0", "3"]
     tests = runs.set_index("seed")["test_accuracy"]
     assert tests["0"] == ""
-    loaded = stage.load_weights(weights)  # the model, in stage 2 its Config too
-    model, *config = loaded if isinstance(loaded, tuple) else (loaded,)
+    loaded = stage.load_weights(weights)  # of stages 1 and 2 the model and its Config
+    model = loaded[0] if isinstance(loaded, tuple) else loaded
+    config = loaded[1:] if stage.__name__ == "stage2_rnn" else ()
     found = stage.evaluate(model, stage.load_data().test, *config)
     assert found["accuracy"] == pytest.approx(float(tests["3"]), abs=1e-5)
 

@@ -483,6 +483,22 @@ def test_specks_and_a_faint_shadow_do_not_move_the_digit(tmp_path):
     np.testing.assert_allclose(clean, dirty, atol=0.15)
 
 
+def test_a_network_of_raw_pixels_is_given_raw_pixels(tmp_path, capsys):
+    """`predict` gives a network what it was trained on: here its logits are the pixels' mean."""
+    config = replace(stage.BASE, hidden=(), normalise=False)
+    weights = {"layers.0.weight": torch.full((10, 784), 1 / 784), "layers.0.bias": torch.zeros(10)}
+    weights["layers.0.weight"][3] *= 1.02  # the digit that is named, by how much tells the scale
+    stage.save_weights(tmp_path / "raw.pt", config, weights)
+    digit = np.zeros((28, 28), np.uint8)
+    digit[4:24, 12:17] = 255
+    Image.fromarray(digit).save(tmp_path / "one.png")
+    mean = 255 * stage.read_digit(tmp_path / "one.png").mean()
+    words = ["predict", str(tmp_path / "one.png"), "--weights", str(tmp_path / "raw.pt")]
+    assert stage.main(words) == 0
+    share = 1 / (1 + 9 * math.exp(-0.02 * mean))
+    assert f"one.png: 3 {100 * share:.1f} %" in capsys.readouterr().out
+
+
 # ---- committed evidence ----
 
 
@@ -491,7 +507,7 @@ def test_the_committed_weights_are_those_of_the_committed_rows(data):
     tests = metrics.load_rows(folder / "test_metrics.csv")
     for name in stage.SELECTED:
         row = tests[(tests["experiment"] == name) & (tests["seed"] == 0)].iloc[0]
-        model = stage.load_weights(folder / f"{name}.pt")
+        model, _ = stage.load_weights(folder / f"{name}.pt")
         found = stage.evaluate(model, data.test)
         assert found["accuracy"] == pytest.approx(
             row["accuracy"], abs=2e-4
