@@ -1526,7 +1526,8 @@ def draw_all(folder: Path) -> None:
             own = history[history["experiment"] == name]
             title = f"{title_of(name)} on Fashion-MNIST: training"
             metrics.draw_curves(folder / f"curves_{name}.png", own, title, of_selected)
-            title = f"{title_of(name)}: 10,000 test images, sum over {rows['seed'].nunique()} seeds"
+            n_seeds = rows["seed"].nunique()
+            title = f"{title_of(name)}\n10,000 test images, sum over {n_seeds} seeds"
             matrix = confusion_of(folder, name)
             metrics.draw_confusion(folder / f"confusion_{name}.png", matrix, CLASSES, title)
     selected = runs[runs["experiment"].isin(SELECTED)]
