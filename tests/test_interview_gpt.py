@@ -188,6 +188,9 @@ def test_nats_sum_over_the_classes():
     assert found["nats"] == pytest.approx(marginal.mean().item())
     assert found["standard_error"] == pytest.approx(marginal.std().item() / math.sqrt(6))
     assert found["nats_given_class"] == pytest.approx(-log_p[range(6), labels].mean().item())
+    assert found["bound"] == pytest.approx(-joint[range(6), labels].log().mean().item())
+    too_high = -(joint[range(6), labels] / joint.sum(1)).log().mean()  # −log p(c | x)
+    assert found["bound"] - found["nats"] == pytest.approx(too_high.item())
     right = [joint[i].argmax().item() == labels[i].item() for i in range(6)]
     assert found["bayes_accuracy"] == pytest.approx(sum(right) / 6)
 
@@ -272,7 +275,14 @@ def test_the_program_trains_measures_and_shows(data, tmp_path, capsys):
     judged = data["val"].first(20)
     found = -gpt.log_likelihood(model, *judged).mean().item()
     assert rows["runs"].loc[0, "val_nats_given_class"] == pytest.approx(found, rel=1e-4)
-    assert rows["nats"].loc[0, "nats_given_class"] == pytest.approx(found, rel=1e-4)
+    assert rows["nats"]["value"].tolist() == ["bound", "sum"]
+    judged = data["test"].first(10)
+    found = -gpt.log_likelihood(model, *judged).mean().item()
+    assert rows["nats"].loc[1, "nats_given_class"] == pytest.approx(found, rel=1e-4)
+    before = (out / "gpt_nats.csv").read_bytes()
+    assert gpt.main(evaluate=True, smoke=True, **places) == 0
+    assert "saved:" not in capsys.readouterr().out
+    assert (out / "gpt_nats.csv").read_bytes() == before
     digits = pd.read_csv(out / "gpt_digits.csv", dtype={"patches": str})
     assert gpt.patches_of(digits["patches"].tolist()).shape[1] == 196
     pictures = ("course", "kv_heads", "digits")
