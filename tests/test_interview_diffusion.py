@@ -520,6 +520,10 @@ def test_features_are_what_the_cnns_last_layer_reads():
         logits = cnn(stage1_mlp.normalised(255 * digits))
         assert_equal([cnn.linear(features)], [logits], 1e-5)
     assert torch.equal(classes, logits.argmax(1))
+    asked = torch.full((6,), classes[0].item())
+    few = diffusion.measures(diffusion.Split(digits, asked), cnn, features)
+    assert few["read_as_asked"] == pytest.approx((classes == classes[0]).double().mean().item())
+    assert math.isnan(few["frechet"])  # of so few it would mean nothing
 
 
 def test_digits_are_drawn_the_same_in_parts_or_at_once(unet):
@@ -566,7 +570,9 @@ def smoke(few_images, tmp_path_factory):
     torch.manual_seed(0)
     torch.save(convolution.CNN().state_dict(), out / "cnn.pt")
     options = {"smoke": True, "device": "cpu", "out": out, "checkpoints": out / "checkpoints"}
-    assert diffusion.main(train=True, evaluate=True, cnn=out / "cnn.pt", **options) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(diffusion, "N_DRAWN", 20)  # so many have a Fréchet distance
+        assert diffusion.main(train=True, evaluate=True, cnn=out / "cnn.pt", **options) == 0
     return out
 
 
@@ -579,6 +585,7 @@ def test_training_and_measuring_save_rows_weights_and_pictures(smoke):
     samples = pd.read_csv(smoke / "diffusion_samples.csv")
     assert samples["experiment"].tolist() == ["real", "drawn", "drawn", "drawn"]
     assert (samples["n"] == 20).all()
+    assert (samples["frechet"] > 0).all()
     weights = ["digits_unet", "segmentation_unet", "segmentation_one_level"]
     weights.append("segmentation_without_skip_connections")
     pictures = ["digits", "history", "samples", "segmented", "way"]
@@ -604,7 +611,7 @@ def test_what_is_trained_is_not_trained_again(smoke, capsys):
     (run,) = diffusion.missing_runs(smoke, smoke=True)
     assert (run.value, run.recipe.seed) == ("one level", 0)
     before = pd.read_csv(smoke / "diffusion_runs.csv")
-    diffusion.train_missing(smoke, ROOT / "data", 1, "cpu", smoke / "checkpoints", True)
+    diffusion.train_missing(smoke, ROOT / "data", 1, 1, "cpu", smoke / "checkpoints", True)
     after = pd.read_csv(smoke / "diffusion_runs.csv")  # from the checkpoint: the same numbers
     pd.testing.assert_frame_equal(before, after)
     assert "3 of 4 runs found, 1 to do" in capsys.readouterr().out
