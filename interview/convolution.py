@@ -76,12 +76,11 @@ import numbers
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import joblib
 import numpy as np
 import pandas as pd
 import torch
@@ -92,7 +91,7 @@ from torch.nn import functional as F
 import metrics
 import stage1_mlp
 import stage2_rnn
-from interview import check_whole
+from interview import check_whole, training
 from stage1_mlp import Data, Split
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -448,7 +447,7 @@ def execute(dataset: str, recipe: Recipe, data_dir: Path, device: str) -> tuple[
     data = Data(*(Split(*(a.to(device) for a in split)) for split in LOAD[dataset](data_dir)))
     model, history = train(recipe, data, f"{dataset}, seed {recipe.seed}")
     key = {"experiment": dataset, "value": "CNN", "seed": recipe.seed}
-    row = key | recipe_columns(recipe) | {"status": stage1_mlp.status(history)}
+    row = key | training.recipe_columns(recipe) | {"status": stage1_mlp.status(history)}
     row |= {name: history[-1][name] for name in ("train_loss", "train_accuracy", "seconds")}
     row["val_accuracy_one_view"] = history[-1]["val_accuracy"]
     judge = InParts(model, recipe.mirrored)
@@ -464,25 +463,14 @@ def execute(dataset: str, recipe: Recipe, data_dir: Path, device: str) -> tuple[
     return tables, {name: weights.cpu() for name, weights in model.state_dict().items()}
 
 
-def recipe_columns(recipe: Recipe) -> dict[str, str]:
-    """The recipe but its seed, as a row holds it and as rows are compared."""
-    columns = {name: str(value) for name, value in asdict(recipe).items()}
-    del columns["seed"]
-    return columns
-
-
 def missing_runs(out: Path) -> list[tuple[str, Recipe]]:
     """The runs that convolution_runs.csv does not hold, or holds with another recipe."""
-    rows = metrics.load_rows(out / "convolution_runs.csv", as_text=True).to_dict("records")
-    found = {(row["experiment"], row["seed"]): row for row in rows}
     missing = []
     for seed in SEEDS:
         for dataset, recipe in RECIPES.items():
-            row = found.get((dataset, str(seed)), {})
-            columns = recipe_columns(recipe)
-            other_recipe = any(row.get(name) != text for name, text in columns.items())
+            key = {"experiment": dataset, "seed": seed} | training.recipe_columns(recipe)
             no_weights = seed == 0 and not file_of(out, "cnn", dataset, ".pt").exists()
-            if other_recipe or no_weights:
+            if no_weights or not training.has_row(out / "convolution_runs.csv", key):
                 missing.append((dataset, replace(recipe, seed=seed)))
     return missing
 
@@ -492,9 +480,8 @@ def train_missing(out: Path, data_dir: Path, workers: int, device: str) -> None:
     todo = missing_runs(out)
     n_runs = len(RECIPES) * len(SEEDS)
     print(f"training: {n_runs - len(todo)} of {n_runs} runs found, {len(todo)} to do", flush=True)
-    jobs = [joblib.delayed(execute)(dataset, recipe, data_dir, device) for dataset, recipe in todo]
-    parallel = joblib.Parallel(min(workers, max(1, len(todo))), return_as="generator_unordered")
-    for tables, weights in parallel(jobs):
+    calls = [(dataset, recipe, data_dir, device) for dataset, recipe in todo]
+    for tables, weights in training.in_parallel(execute, calls, workers):
         row = tables["convolution_runs"][0]
         if row["seed"] == 0:
             path = file_of(out, "cnn", row["experiment"], ".pt")

@@ -99,7 +99,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import joblib
 import pandas as pd
 import torch
 import tyro
@@ -743,11 +742,12 @@ def train(run: Run, data: Data, checkpoint: Path) -> tuple[UNet, list[dict]]:
     average = copy.deepcopy(model).requires_grad_(False)
     fused = device.type == "cuda"  # one launch instead of hundreds
     optimizer = torch.optim.AdamW(model.parameters(), recipe.lr, weight_decay=0.01, fused=fused)
-    history = load_checkpoint(checkpoint, recipe, model, average, optimizer)
+    parts = {"model": model, "average": average, "optimizer": optimizer}
+    n_done, history = training.load_checkpoint(checkpoint, recipe, device, **parts)
     seconds_before = history[-1]["seconds"] if history else 0.0
     start = time.perf_counter()
     steps_per_round = recipe.n_steps // recipe.n_rounds
-    for number in range(len(history), recipe.n_rounds):
+    for number in range(n_done, recipe.n_rounds):
         torch.manual_seed(1000 * recipe.seed + number)
         losses = []
         for step in range(number * steps_per_round + 1, (number + 1) * steps_per_round + 1):
@@ -766,7 +766,7 @@ def train(run: Run, data: Data, checkpoint: Path) -> tuple[UNet, list[dict]]:
         row |= {f"val_{score}": value for score, value in found.items()}
         row["seconds"] = seconds_before + time.perf_counter() - start
         history.append(row)
-        save_checkpoint(checkpoint, recipe, model, average, optimizer, history)
+        training.save_checkpoint(checkpoint, recipe, number + 1, history, **parts)
         words = ", ".join(f"{name} {row[name]:.4f}" for name in row if name.startswith("val_"))
         where = f"step {step} of {recipe.n_steps}, {row['seconds'] / 60:.2f} minutes"
         print(f"  {run.name}: {where}, loss {row['train_loss']:.4f}, {words}", flush=True)
@@ -780,30 +780,6 @@ def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
         kept.lerp_(new, 1 - decay)
 
 
-def save_checkpoint(path: Path, recipe, model, average, optimizer, history) -> None:
-    """All that a run needs to go on."""
-    state = {"recipe": str(recipe), "history": history}
-    state |= {"model": model.state_dict(), "average": average.state_dict()}
-    state["optimizer"] = optimizer.state_dict()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with metrics.written_aside(path) as aside:
-        torch.save(state, aside)
-
-
-def load_checkpoint(path: Path, recipe: Recipe, model, average, optimizer) -> list[dict]:
-    """Fill all three from a checkpoint of this recipe, and give its history; else []."""
-    if not path.exists():
-        return []
-    device = next(model.parameters()).device
-    state = torch.load(path, weights_only=True, map_location=device)
-    if state["recipe"] != str(recipe):
-        return []
-    model.load_state_dict(state["model"])
-    average.load_state_dict(state["average"])
-    optimizer.load_state_dict(state["optimizer"])
-    return state["history"]
-
-
 # ---- Weights and runs -----------------------------------------------------------------------
 
 
@@ -815,10 +791,10 @@ def weights_file(out: Path, run: Run) -> Path:
 
 def save_weights(path: Path, model: UNet, recipe: Recipe) -> None:
     """As float16: half the size. What is measured is measured after this rounding."""
-    weights = {name: value.half().cpu() for name, value in model.state_dict().items()}
+    found = {"recipe": asdict(recipe), "weights": training.rounded(model)}
     path.parent.mkdir(parents=True, exist_ok=True)
     with metrics.written_aside(path) as aside:
-        torch.save({"recipe": asdict(recipe), "weights": weights}, aside)
+        torch.save(found, aside)
 
 
 def load_weights(path: Path, device: str = "cpu") -> UNet:
@@ -853,7 +829,7 @@ def execute(
     save_weights(path, average, run.recipe)
     model = load_weights(path, device)  # rounded
     alpha_bars = linear_schedule().alpha_bars.float().to(device)
-    row = run.key | recipe_columns(run.recipe)
+    row = run.key | training.recipe_columns(run.recipe)
     row |= {name: history[-1][name] for name in ("train_loss", "seconds")}
     for part, split in (("val", data.val), ("test", data.test)):
         if part == "val" or run.recipe.task == "scenes":
@@ -867,24 +843,13 @@ def execute(
     }
 
 
-def recipe_columns(recipe: Recipe) -> dict[str, str]:
-    """The recipe but its seed, as a row holds it and as rows are compared."""
-    columns = {name: str(value) for name, value in asdict(recipe).items()}
-    del columns["seed"]
-    return columns
-
-
 def missing_runs(out: Path, smoke: bool = False) -> list[Run]:
     """The runs that diffusion_runs.csv does not hold, or holds with another recipe."""
-    rows = metrics.load_rows(out / "diffusion_runs.csv", as_text=True).to_dict("records")
-    found = {(row["experiment"], row["value"], row["seed"]): row for row in rows}
     missing = []
     for run in all_runs(smoke):
-        row = found.get((run.experiment, run.value, str(run.recipe.seed)), {})
-        columns = recipe_columns(run.recipe)
-        other_recipe = any(row.get(name) != text for name, text in columns.items())
+        key = run.key | training.recipe_columns(run.recipe)
         no_weights = run.recipe.seed == 0 and not weights_file(out, run).exists()
-        if other_recipe or no_weights:
+        if no_weights or not training.has_row(out / "diffusion_runs.csv", key):
             missing.append(run)
     return missing
 
@@ -903,10 +868,8 @@ def train_missing(
     n_runs = len(all_runs(smoke))
     print(f"training: {n_runs - len(todo)} of {n_runs} runs found, {len(todo)} to do", flush=True)
     order = list(dict.fromkeys((run.experiment, run.value) for run in all_runs(smoke)))
-    places = (data_dir, device, checkpoints, out, threads)
-    jobs = [joblib.delayed(execute)(run, *places) for run in todo]
-    options = {"return_as": "generator_unordered", "batch_size": 1}
-    for tables in joblib.Parallel(min(workers, max(1, len(todo))), **options)(jobs):
+    calls = [(run, data_dir, device, checkpoints, out, threads) for run in todo]
+    for tables in training.in_parallel(execute, calls, workers):
         metrics.replace_rows(out, tables, order)
         row = tables["diffusion_runs"][0]
         words = f"{row['experiment']}, {row['value']}, seed {row['seed']}"
@@ -1084,7 +1047,7 @@ def evaluate_all(
         else:
             key = {"experiment": "drawn", "value": name_of(setting)} | key
             columns = setting._asdict()
-        if training.is_measured(table, key):
+        if training.has_row(table, key):
             continue
         start = clock()
         if setting is None:

@@ -68,7 +68,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import joblib
 import numpy as np
 import pandas as pd
 import torch
@@ -78,7 +77,7 @@ from torch import Tensor, nn
 import metrics
 import stage1_mlp
 from interview import cuda_or_cpu, decoding, training
-from interview.convolution import InParts, file_of, load_cnn, recipe_columns
+from interview.convolution import InParts, file_of, load_cnn
 from interview.layers import RMSNorm, SwiGLU, log_softmax
 from stage1_mlp import Split
 from stage3_attention import GroupedQueryAttention, KVCache, unchanged_if_it_fails
@@ -394,8 +393,8 @@ def train(
     torch.manual_seed(config.seed)
     model = GPT(config).to(device)
     optimizer = make_optimizer(model, config)
-    history = []
-    first_epoch = load_checkpoint(checkpoint, config, model, optimizer, history)
+    parts = {"model": model, "optimizer": optimizer}
+    first_epoch, history = training.load_checkpoint(checkpoint, config, device, **parts)
     start = time.perf_counter() - (history[-1]["seconds"] if history else 0.0)
     half = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
     losses = []
@@ -423,7 +422,7 @@ def train(
                 history.append(row)
                 losses = []
                 print(progress(name, config, row), flush=True)
-        save_checkpoint(checkpoint, config, model, optimizer, history, epoch + 1)
+        training.save_checkpoint(checkpoint, config, epoch + 1, history, **parts)
     return model, history
 
 
@@ -433,37 +432,11 @@ def progress(name: str, config: Config, row: dict) -> str:
     return f"{where}, {nats_of}"
 
 
-def save_checkpoint(path: Path, config, model, optimizer, history, epochs_done: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    state = {
-        "config": recipe_columns(config),
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "history": history,
-        "epochs_done": epochs_done,
-    }
-    with metrics.written_aside(path) as aside:
-        torch.save(state, aside)
-
-
-def load_checkpoint(path: Path, config, model, optimizer, history: list) -> int:
-    """Fill model, optimizer and history from a checkpoint of this config: the epochs done, or 0."""
-    if not path.exists():
-        return 0
-    state = torch.load(path, weights_only=True, map_location=model.places.device)
-    if state["config"] != recipe_columns(config):
-        return 0
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    history.extend(state["history"])
-    return state["epochs_done"]
-
-
 def save_weights(path: Path, model: GPT) -> None:
     """As float16, half the size; `load_weights` gives what is measured."""
-    weights = {name: values.half().cpu() for name, values in model.state_dict().items()}
+    found = {"config": vars(model.config), "weights": training.rounded(model)}
     with metrics.written_aside(path) as aside:
-        torch.save({"config": vars(model.config), "weights": weights}, aside)
+        torch.save(found, aside)
 
 
 def load_weights(path: Path, device: str = "cpu") -> GPT:
@@ -485,6 +458,10 @@ class Run(NamedTuple):
     @property
     def name(self) -> str:
         return f"{self.experiment} {self.value}, seed {self.config.seed}"
+
+    @property
+    def key(self) -> dict:
+        return {"experiment": self.experiment, "value": self.value, "seed": self.config.seed}
 
 
 MAIN = Config()
@@ -532,8 +509,7 @@ def execute(
     if run.experiment == "digits":
         save_weights(out / "gpt_digits.pt", model)
         model = load_weights(out / "gpt_digits.pt", device)  # rounded: these are judged
-    key = {"experiment": run.experiment, "value": run.value, "seed": config.seed}
-    row = key | recipe_columns(config)
+    row = run.key | training.recipe_columns(config)
     row |= {name: history[-1][name] for name in ("train_nats", "seconds")}
     row["parameters"] = n_parameters(model)
     row["cache_bytes"] = sum(cache.nbytes for cache in model.caches(1))
@@ -541,22 +517,18 @@ def execute(
     row["val_nats_given_class"] = -log_likelihood(model, *val).mean().item()
     row |= stage1_mlp.origin_of_rows(device) | {"threads": torch.get_num_threads()}
     return {
-        "gpt_history": [key | logged for logged in history],
+        "gpt_history": [run.key | logged for logged in history],
         "gpt_runs": [row],  # last: a run is finished when its row stands here
     }
 
 
 def missing_runs(out: Path, smoke: bool = False) -> list[Run]:
     """The runs that gpt_runs.csv does not hold, or holds with another config."""
-    rows = metrics.load_rows(out / "gpt_runs.csv", as_text=True).to_dict("records")
-    found = {(row["experiment"], row["value"], row["seed"]): row for row in rows}
     missing = []
     for run in runs_of(smoke):
-        row = found.get((run.experiment, run.value, str(run.config.seed)), {})
-        columns = recipe_columns(run.config)
-        other_config = any(row.get(name) != text for name, text in columns.items())
+        key = run.key | training.recipe_columns(run.config)
         no_weights = run.experiment == "digits" and not (out / "gpt_digits.pt").exists()
-        if other_config or no_weights:
+        if no_weights or not training.has_row(out / "gpt_runs.csv", key):
             missing.append(run)
     return missing
 
@@ -568,10 +540,9 @@ def train_missing(
     todo = missing_runs(out, smoke)
     n_runs = len(runs_of(smoke))
     print(f"training: {n_runs - len(todo)} of {n_runs} runs found, {len(todo)} to do", flush=True)
-    jobs = [joblib.delayed(execute)(run, data_dir, device, checkpoints, out) for run in todo]
-    parallel = joblib.Parallel(min(workers, max(1, len(todo))), return_as="generator_unordered")
+    calls = [(run, data_dir, device, checkpoints, out) for run in todo]
     order = list(dict.fromkeys((run.experiment, run.value) for run in runs_of(smoke)))
-    for tables in parallel(jobs):
+    for tables in training.in_parallel(execute, calls, workers):
         metrics.replace_rows(out, tables, order)
         row = tables["gpt_runs"][0]
         name = f"{row['experiment']} {row['value']}, seed {row['seed']}"
@@ -895,7 +866,7 @@ def evaluate_likelihood(
         ("sum", measure_sum, measures.n_sum),
     ):
         key = {"experiment": "digits", "value": value, "weights": weights, "images": n}
-        if training.is_measured(out / "gpt_nats.csv", key):
+        if training.has_row(out / "gpt_nats.csv", key):
             continue
         row = key | measure(model, test.first(n), prior)
         row |= stage1_mlp.origin_of_rows(model.places.device.type)
@@ -916,7 +887,7 @@ def evaluate_strategies(
     for name in ("real test digits", "greedy", "beam search", *STRATEGIES):
         sizes = {"n_digits": measures.n_digits, "width": measures.width}
         key = {"experiment": "digits", "value": name, "weights": weights} | sizes
-        if training.is_measured(out / "gpt_decoding.csv", key):
+        if training.has_row(out / "gpt_decoding.csv", key):
             continue
         if name == "real test digits":
             digits = test.first(N_CLASSES * measures.n_digits)
@@ -934,7 +905,7 @@ def evaluate_strategies(
 def evaluate_speed(out: Path, measures: Measures, device: str, smoke: bool) -> None:
     """The rows of gpt_speed.csv, all or none, as they are timed in turn."""
     key = {"experiment": "speed", "device": stage1_mlp.device_name(device)}
-    if not training.is_measured(out / "gpt_speed.csv", key):
+    if not training.has_row(out / "gpt_speed.csv", key):
         rows = measure_speed(measures, device, smoke)
         metrics.replace_rows(out, {"gpt_speed": rows}, [])
         print("  saved: speed", flush=True)

@@ -92,7 +92,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import joblib
 import pandas as pd
 import torch
 import tyro
@@ -101,7 +100,7 @@ from torch.nn import functional as F
 
 import metrics
 import stage1_mlp
-from interview import check_whole, convolution, decoding
+from interview import check_whole, convolution, decoding, training
 from stage1_mlp import Data, Split
 from stage3_attention import (
     GroupedQueryAttention,
@@ -610,11 +609,13 @@ def train(
     optimizer = torch.optim.AdamW(model.parameters(), recipe.lr, **kind)
     judged = fixed_strips(data.val, recipe.n_judged, 1, SEEN, seed=0)
     every = max(1, recipe.n_steps // recipe.n_logs)
-    history = load_checkpoint(checkpoint, recipe, model, optimizer, device)
-    first = history[-1]["step"] + 1 if history else 1
+    n_done, history = 0, []
+    parts = {"model": model, "optimizer": optimizer}
+    if checkpoint is not None:
+        n_done, history = training.load_checkpoint(checkpoint, recipe, device, **parts)
     start = time.perf_counter() - (history[-1]["seconds"] if history else 0.0)
     losses = []
-    for step in range(first, min(recipe.n_steps, n_most or recipe.n_steps) + 1):
+    for step in range(n_done + 1, min(recipe.n_steps, n_most or recipe.n_steps) + 1):
         torch.manual_seed(1_000_003 * (recipe.seed + 1) + step)
         strength = recipe.deform if step < 0.7 * recipe.n_steps else 0.3 * recipe.deform
         strips = draw_strips(data.train, recipe.batch_size, 1, SEEN, strength=strength)
@@ -634,7 +635,8 @@ def train(
             row["seconds"] = time.perf_counter() - start
             history.append(row)
             losses = []
-            save_checkpoint(checkpoint, recipe, model, optimizer, history)
+            if checkpoint is not None:
+                training.save_checkpoint(checkpoint, recipe, step, history, **parts)
             words = (
                 f"loss {row['objective']:.3f}, {100 * row['val_accuracy']:.1f} % of strips right"
             )
@@ -690,29 +692,6 @@ def judge(model: StripReader, strips: Strips) -> dict:
 
 
 # ---- Checkpoints ----------------------------------------------------------------------------
-
-
-def save_checkpoint(path, recipe: Recipe, model, optimizer, history: list[dict]) -> None:
-    """All that a run needs to go on; nothing without a path."""
-    if path is None:
-        return
-    found = {"recipe": convolution.recipe_columns(recipe), "history": history}
-    found |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with metrics.written_aside(path) as aside:
-        torch.save(found, aside)
-
-
-def load_checkpoint(path, recipe: Recipe, model, optimizer, device) -> list[dict]:
-    """The history of a run that was stopped, its model and optimizer set; else an empty list."""
-    if path is None or not path.exists():
-        return []
-    found = torch.load(path, weights_only=True, map_location=device)
-    if found["recipe"] != convolution.recipe_columns(recipe):
-        return []
-    model.load_state_dict(found["model"])
-    optimizer.load_state_dict(found["optimizer"])
-    return found["history"]
 
 
 # ---- What is measured of a trained reader ---------------------------------------------------
@@ -883,10 +862,10 @@ def execute(
     torch.set_float32_matmul_precision("high")  # TF32 where the device has it
     model, history = train(recipe, data, f"{name}, seed {recipe.seed}", checkpoint)
     torch.set_float32_matmul_precision("highest")
-    weights = rounded(model)
+    weights = training.rounded(model)
     model.load_state_dict(weights)
     key = run_key(name, recipe.seed)
-    row = key | convolution.recipe_columns(recipe) | {"status": stage1_mlp.status(history)}
+    row = key | training.recipe_columns(recipe) | {"status": stage1_mlp.status(history)}
     row |= {score: history[-1][score] for score in ("objective", "val_loss", "val_accuracy")}
     row |= {"seconds": history[-1]["seconds"]}
     row["parameters"] = sum(p.numel() for p in model.parameters())
@@ -895,16 +874,7 @@ def execute(
     if row["status"] == "ok":
         tables |= measure(name, model, recipe, data)
     tables["transformer_runs"] = [row]  # last: a run is finished when its row stands here
-    return tables, {part: values.cpu() for part, values in weights.items()}
-
-
-def rounded(model: nn.Module) -> dict[str, Tensor]:
-    """The model's weights and statistics in float16, counters as they are."""
-    state = model.state_dict()
-    return {
-        name: values.half() if values.is_floating_point() else values
-        for name, values in state.items()
-    }
+    return tables, weights
 
 
 def file_of(folder: Path, name: str, suffix: str) -> Path:
@@ -917,17 +887,13 @@ def missing_runs(out: Path, wanted: dict[str, Recipe], seeds: int) -> list[tuple
 
     The main network's come first, then seed by seed.
     """
-    rows = metrics.load_rows(out / "transformer_runs.csv", as_text=True).to_dict("records")
-    found = {(row["value"], row["seed"]): row for row in rows}
     missing = []
     runs = sorted(itertools.product(range(seeds), wanted), key=lambda run: run[1] != MAIN)
     for seed, name in runs:
         recipe = replace(wanted[name], seed=seed)
-        row = found.get((name, str(seed)), {})
-        columns = convolution.recipe_columns(recipe)
-        is_other = any(row.get(column) != text for column, text in columns.items())
+        key = run_key(name, seed) | training.recipe_columns(recipe)
         no_weights = seed == 0 and not file_of(out, name, ".pt").exists()
-        if is_other or no_weights:
+        if no_weights or not training.has_row(out / "transformer_runs.csv", key):
             missing.append((name, recipe))
     return missing
 
@@ -945,18 +911,16 @@ def train_missing(
     todo = missing_runs(out, wanted, seeds)
     n_runs = len(wanted) * seeds
     print(f"training: {n_runs - len(todo)} of {n_runs} runs found, {len(todo)} to do", flush=True)
-    paths = [file_of(checkpoints, f"{name}, {recipe.seed}", ".pt") for name, recipe in todo]
-    jobs = [
-        joblib.delayed(execute)(name, recipe, data_dir, device, path)
-        for (name, recipe), path in zip(todo, paths, strict=True)
-    ]
-    parallel = joblib.Parallel(min(workers, max(1, len(todo))), return_as="generator_unordered")
-    for tables, weights in parallel(jobs):
+    calls = []
+    for name, recipe in todo:
+        checkpoint = file_of(checkpoints, f"{name}, {recipe.seed}", ".pt")
+        calls.append((name, recipe, data_dir, device, checkpoint))
+    for tables, weights in training.in_parallel(execute, calls, workers):
         row = tables["transformer_runs"][0]
         name = row["value"]
         recipe = replace(wanted[name], seed=row["seed"])
         if row["seed"] == 0:
-            found = {"recipe": convolution.recipe_columns(recipe), "weights": weights}
+            found = {"recipe": training.recipe_columns(recipe), "weights": weights}
             with metrics.written_aside(file_of(out, name, ".pt")) as aside:
                 torch.save(found, aside)
         metrics.replace_rows(out, tables, order_of_rows())
@@ -975,7 +939,7 @@ def order_of_rows() -> list[tuple[str, str]]:
 def load_reader(path: Path, recipe: Recipe) -> StripReader:
     """The network of saved weights, ready to read; ValueError if they are of another recipe."""
     found = torch.load(path, weights_only=True, map_location="cpu")
-    if found["recipe"] != convolution.recipe_columns(recipe):
+    if found["recipe"] != training.recipe_columns(recipe):
         raise ValueError(f"{path} holds another recipe's network: --train trains this one")
     model = StripReader(recipe)
     model.load_state_dict(found["weights"])

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import stage1_mlp
 import stage3_attention
-from interview import convolution, diffusion
+from interview import convolution, diffusion, training
 
 
 def draw(*shape, seed=0):
@@ -625,14 +625,14 @@ def test_a_stopped_run_ends_as_if_it_had_not_been_stopped(task, tmp_path, monkey
     recipe = diffusion.Recipe(task, (8,), batch_size=3, n_steps=6, n_rounds=3, n_judged=4)
     run = diffusion.Run(task, "tiny", recipe)
     whole, rows = diffusion.train(run, data, tmp_path / "whole.pt")
-    save = diffusion.save_checkpoint
+    save = training.save_checkpoint
 
-    def save_and_stop(path, *state):
-        save(path, *state)
-        if len(state[-1]) == 2:  # after the second round
+    def save_and_stop(path, recipe, done, history, **parts):
+        save(path, recipe, done, history, **parts)
+        if done == 2:  # rounds
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(diffusion, "save_checkpoint", save_and_stop)
+    monkeypatch.setattr(training, "save_checkpoint", save_and_stop)
     with pytest.raises(KeyboardInterrupt):
         diffusion.train(run, data, tmp_path / "stopped.pt")
     monkeypatch.undo()
@@ -640,8 +640,8 @@ def test_a_stopped_run_ends_as_if_it_had_not_been_stopped(task, tmp_path, monkey
     for a, b in zip(whole.parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b)
     assert [row["train_loss"] for row in rows] == [row["train_loss"] for row in rows_again]
-    other = diffusion.load_checkpoint(tmp_path / "whole.pt", replace(recipe, lr=0.5), *[whole] * 3)
-    assert other == []  # another recipe begins anew
+    for other in (replace(recipe, lr=0.5), replace(recipe, seed=1)):  # begins anew
+        assert training.load_checkpoint(tmp_path / "whole.pt", other, "cpu") == (0, [])
 
 
 def test_what_is_missing_is_said_in_a_line(tmp_path, capsys):
