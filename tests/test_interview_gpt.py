@@ -211,15 +211,22 @@ def test_diversity_is_the_mean_over_all_pairs():
 
 
 @pytest.fixture(scope="module")
-def data():
+def raw():
+    """Stage 1's splits."""
+    return stage1_mlp.load_data(ROOT / "data")
+
+
+@pytest.fixture(scope="module")
+def data(raw):
     """All images."""
-    return gpt.load_digits(ROOT / "data")
+    with pytest.MonkeyPatch.context() as patch:  # read once
+        patch.setattr(stage1_mlp, "load_data", lambda data_dir: raw)
+        return gpt.load_digits(ROOT / "data")
 
 
-def test_the_images_are_drawn_once_and_keep_their_classes(data):
+def test_the_images_are_drawn_once_and_keep_their_classes(data, raw):
     assert data["val"].images.shape == (5000, 196)
     assert data["test"].images.shape == (10_000, 196)
-    raw = stage1_mlp.load_data(ROOT / "data")
     shown = data["train"].images[:50] * 255
     assert torch.equal(shown.round(), stage1_mlp.as_stored(raw.train).images[:50].round())
     assert torch.bincount(data["val"].labels).tolist() == torch.bincount(raw.val.labels).tolist()
@@ -259,7 +266,10 @@ def test_the_loss_falls_below_that_of_independent_pixels(data, tmp_path):
     assert history[-1]["val_nats"] < independent.item()
 
 
-def test_the_program_trains_measures_and_shows(data, tmp_path, capsys):
+def test_the_program_trains_measures_and_shows(raw, tmp_path, capsys, monkeypatch):
+    few = stage1_mlp.Data(*(stage1_mlp.Split(*(a[::50] for a in split)) for split in raw))
+    monkeypatch.setattr(stage1_mlp, "load_data", lambda data_dir: few)
+    data = gpt.load_digits(ROOT / "data")
     places = {"out": tmp_path / "out", "checkpoints": tmp_path / "checkpoints", "device": "cpu"}
     assert gpt.main(**places) == 0
     assert "python -m interview.gpt --train" in capsys.readouterr().out
@@ -280,7 +290,7 @@ def test_the_program_trains_measures_and_shows(data, tmp_path, capsys):
     found = -gpt.log_likelihood(model, *judged).mean().item()
     assert rows["nats"].loc[1, "nats_given_class"] == pytest.approx(found, rel=1e-4)
     before = (out / "gpt_nats.csv").read_bytes()
-    assert gpt.main(evaluate=True, smoke=True, **places) == 0
+    gpt.evaluate_all(out, ROOT / "data", out / "none.pt", "cpu", smoke=True)
     assert "saved:" not in capsys.readouterr().out
     assert (out / "gpt_nats.csv").read_bytes() == before
     digits = pd.read_csv(out / "gpt_digits.csv", dtype={"patches": str})

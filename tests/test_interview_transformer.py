@@ -618,11 +618,13 @@ def test_a_small_training_saves_rows_weights_tables_and_pictures(tmp_path, capsy
     assert strips.tolist() == [20 + 4 + 4] * 8
     before = {path: path.read_bytes() for path in out.glob("*.csv")}
     capsys.readouterr()
-    assert start(tmp_path, train=True, evaluate=True, smoke=True, seeds=1, device="cpu") == 0
+    small = transformer.recipes(smoke=True)
+    transformer.train_missing(out, small, 1, ROOT / "data", 1, "cpu", tmp_path / "stopped")
+    transformer.evaluate_saved(out, small, ROOT / "data", "cpu")
     assert "4 of 4 runs found, 0 to do" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in out.glob("*.csv")} == before
     (out / "transformer_pre_norm_rotary.pt").unlink()
-    missing = transformer.missing_runs(out, transformer.recipes(smoke=True), 2)
+    missing = transformer.missing_runs(out, small, 2)
     assert [(name, recipe.seed) for name, recipe in missing] == [
         ("pre-norm, sinusoids", 1),
         ("pre-norm, rotary", 0),
