@@ -1,9 +1,10 @@
 """A GPT that writes digits: a causal transformer over the patches of MNIST images (手撕 GPT).
 
     python -m interview.gpt                  digits and tables from what is saved, half a minute
-    python -m interview.gpt --train          trains first what is not saved yet: days on a CPU,
-                                             minutes on a large GPU, with --workers 4
-    python -m interview.gpt --evaluate       measures the tables again: minutes on a GPU
+    python -m interview.gpt --train          trains first what is not saved yet: minutes on a
+                                             large GPU (--workers 4), two days on a CPU core
+    python -m interview.gpt --evaluate       measures the tables: 25 minutes of one CPU core, or
+                                             what is left of them after a stop
     python -m interview.gpt --out DIR        the same into and from DIR
     python -m interview.gpt --smoke ...      tiny networks and few images: does everything run?
 
@@ -37,8 +38,9 @@ keys and values.
              「怎样比较两个语言模型？词表不同怎么办？」
    Idea      −log p of unseen data, lower is better. A sum over the whole image does not ask how it
              was cut into tokens; a mean a token does. This model knows the class. What is compared
-             with models that do not is log p(x) = log Σ_c p(c) p(x | c): ten passes.
-   Cost      One pass; ten with the sum over classes.
+             with models that do not is log p(x) = log Σ_c p(c) p(x | c): ten passes. One term of
+             the sum bounds it: −log p(x) ≤ −log p(c) − log p(x | c), too high by −log p(c | x).
+   Cost      One pass for the bound; ten for the sum over classes.
    追问      Perplexity is exp(nats a token): among how many tokens it is as good as undecided. Bits
              are nats / ln 2. Does a better likelihood mean better samples? Not necessarily: see the
              table of decoding. A classifier for free? argmax_c p(c) p(x | c), Bayes' rule.
@@ -1048,9 +1050,17 @@ def show_measures(out: Path, parameters: int) -> None:
         tables["nats"] = nats_table(found, parameters)
         print("\nTest images of binarised MNIST, −log p(x), lower is better:")
         print(tables["nats"])
-        print("The binarisation is not the same: the published models were trained and judged on")
-        print("one fixed draw of all pixels; here training images are drawn anew in each epoch,")
-        print("test images once. So a difference of a few tenths says nothing.")
+        print(
+            "The bound takes one pass, the sum ten: so the sum is of fewer images, and the bound of"
+        )
+        print(
+            "the same images says how tight it is. The binarisation is not the same: the published"
+        )
+        print(
+            "models were trained and judged on one fixed draw of all pixels; here training images"
+        )
+        print("are drawn anew in each epoch, which helps, and test images once, other pixels than")
+        print("theirs. So the rows say of what order the numbers are, not which model is better.")
     strategies = metrics.load_rows(out / "gpt_decoding.csv")
     if len(strategies):
         tables["decoding"] = strategies_table(strategies)
@@ -1097,7 +1107,8 @@ def main(
         data_dir: the folder that holds MNIST/raw.
     """
     print("GPT: a causal transformer writes digits, patch by patch; half a minute from what is")
-    print("saved; --train and --evaluate take minutes on a large GPU, days on a CPU")
+    print("saved; --evaluate takes 25 minutes of one CPU core, --train two days of it, or minutes")
+    print("on a large GPU")
     torch.set_num_threads(1)
     weights = out / "gpt_digits.pt"
     try:
