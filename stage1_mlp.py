@@ -1272,7 +1272,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()
     except KeyboardInterrupt as interrupt:
         again = shlex.join(["python", sys.argv[0] if argv is None else __file__, *arguments])
-        if isinstance(command, RunCommand):
+        if isinstance(command, RunCommand) and (command.out or not command.smoke):
             print(f"\nstopped; finished runs are saved, go on with: {again}", file=sys.stderr)
         else:
             print(f"\nstopped, nothing was saved; to start anew: {again}", file=sys.stderr)
@@ -1591,6 +1591,8 @@ def train_one(command: TrainCommand) -> None:
             ]
             print(f"{images}: {', '.join(numbers)}, loss {row[f'{part}_loss']:.4f}")
     print(f"{row['status']}; tables in {folder / 'summary.md'}, curves in {curves}")
+    if command.save is not None:
+        print(f"weights in {command.save}, for predict --weights")
 
 
 def name_of_changes(config: Config) -> str:

@@ -1385,8 +1385,6 @@ def test_the_committed_weights_are_those_of_the_committed_rows(data):
 
 @needs_evidence
 def test_the_committed_rows_are_those_of_the_table():
-    measured = set(metrics.load_rows(EVIDENCE / "runs.csv")["experiment"])
-    assert set(stage.SELECTED) <= measured
-    runs = stage.runs_of([name for name in stage.EXPERIMENTS if name in measured], 1)
+    runs = stage.runs_of(list(stage.EXPERIMENTS), 1)
     todo, n_outdated = stage.unfinished(runs, EVIDENCE)
     assert (todo, n_outdated) == ([], 0)
