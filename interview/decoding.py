@@ -37,7 +37,7 @@ Axis letters in shape comments: B batch, T tokens so far, V vocabulary, W hypoth
 
 3. Beam search (束搜索)
    Asked     "Write beam search. What is the length penalty for?"
-             「手写 beam search。长度惩罚有什么用？」
+             「手写束搜索。长度惩罚有什么用？」
    Idea      Keep the `width` best beginnings. Extend each by all V tokens, and keep the best of
              the width · V. A score is a sum of log-probabilities.
              Each word makes the sum lower, so short texts win. Rank by score / length^α instead

@@ -461,7 +461,7 @@ def backprop_cases():
     LOSSES,
     1,
     "Binary cross-entropy of probabilities, finite at 0 and 1.",
-    "手写二元交叉熵，p 为 0 或 1 时也要有限。",
+    "手写二元交叉熵，p 为 0 或 1 时结果也必须有限。",
     (
         "−log of the probability that was given to what happened; keep p off 0 and 1. (先截断)",
         "−mean[y log p + (1 − y) log(1 − p)], p clipped to eps … 1 − eps, eps = 2.2e-16",
@@ -1192,7 +1192,7 @@ def rnn_cell_cases():
     "手写 GRU。两个门各起什么作用？",
     (
         "z mixes the old state with a candidate; r says how much of the past the candidate sees. "
-        "(更新门混合，重置门遗忘)",
+        "(更新门决定保留多少旧状态，重置门决定候选状态看到多少旧状态)",
         "r, z = σ(W_x x + W_h h); n = tanh(W_xn x + b + r ⊙ (W_hn h + b)); "
         "h' = (1 − z) ⊙ n + z ⊙ h",
         "x_r, x_z, x_n = self.W_xh(x).chunk(3, dim=1)",
@@ -1630,7 +1630,7 @@ def appended(solution, sizes, capacity, tokens) -> dict:
     ATTENTION,
     2,
     "Write a KV cache. How large is it, and what does it save?",
-    "手写 KV cache。它多大？省了什么计算？",
+    "手写 KV 缓存。它多大？省了什么计算？",
     (
         "Keys and values of past tokens do not change: allocate them once, write each new one "
         "behind the last. (一次分配，逐个写入)",
@@ -1905,7 +1905,7 @@ def scored_continuations(step, start: Tensor, n: int, eos=None, length_penalty=0
     DECODING,
     1,
     "Write temperature. What do 0.5 and 2 do to a distribution?",
-    "手写温度采样的温度。0.5 和 2 分别怎样改变分布？",
+    "手写温度采样。0.5 和 2 分别怎样改变分布？",
     (
         "Stretch or shrink all differences between the logits. (拉大或缩小 logits 之差)",
         "p_i ∝ exp(z_i / t): below 1 the likely ones gain, above 1 the others",
@@ -1924,7 +1924,7 @@ def temperature_cases():
     DECODING,
     1,
     "Write top-k: only the k likeliest tokens may be drawn.",
-    "手写 top-k：只保留概率最大的 k 个词。",
+    "手写 top-k：只保留概率最大的 k 个词元。",
     (
         "What may not be drawn gets −∞, which softmax makes 0. (置为 −∞)",
         "keep exactly k of each row; of equal logits the first; all if k ≥ V",
@@ -1956,7 +1956,7 @@ def top_k_cases():
     "手写 top-p（核采样）：只保留累计概率达到 p 的最小集合。",
     (
         "Sort, add up, and stop with the token that crosses p: it belongs to the set. "
-        "(越过 p 的那个词要保留)",
+        "(越过 p 的那个词元要保留)",
         "a token stays if the sum of all likelier ones is below p",
         "order = logits.argsort(dim=-1, descending=True, stable=True)",
     ),
@@ -1997,7 +1997,7 @@ def frequencies(solution, logits, **options) -> Tensor:
     DECODING,
     2,
     "Draw a token from logits, with temperature, top-k and top-p.",
-    "由 logits 采样一个词，支持温度、top-k、top-p。",
+    "由 logits 采样一个词元，支持温度、top-k、top-p。",
     (
         "Filter the logits, then softmax, then draw: the filters before, never after. "
         "(先过滤，再 softmax)",
@@ -2060,7 +2060,7 @@ def beam_found(solution, **inputs) -> dict:
     DECODING,
     3,
     "Write beam search. What is the length penalty for?",
-    "手写 beam search。长度惩罚有什么用？",
+    "手写束搜索。长度惩罚有什么用？",
     (
         "Keep the best beginnings, extend each by every token, keep the best again. "
         "(每步保留最好的 width 个)",
@@ -2097,7 +2097,7 @@ def beam_search_cases():
     DECODING,
     1,
     "Cut binary images into patches of 2 × 2, each a token of 0 … 15.",
-    "把二值图像切成 2 × 2 的小块，每块是 0 … 15 的一个词。",
+    "把二值图像切成 2 × 2 的小块，每块是 0 … 15 的一个词元。",
     (
         "Split both axes into (patch, pixel in it); a patch's pixels are the digits of a binary "
         "number. (二进制)",

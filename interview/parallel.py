@@ -37,7 +37,7 @@ What a rank holds of N parameters with Adam, and the numbers it sends in a step:
 
 2. Data parallel (数据并行)
    Asked     "How does DistributedDataParallel work? What differs from one large batch?"
-             「DDP 的原理？和单卡大 batch 有什么区别？」
+             「DDP 是怎样工作的？和单卡大 batch 有什么区别？」
    Idea      Every rank has the whole network and a part of the batch. Gradients are linear in the
              examples: sum them over the ranks, and every rank takes the same step.
    Cost      Memory as on one device but for the activations: B / p. Sends 2 (p − 1)/p · N.

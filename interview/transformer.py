@@ -46,7 +46,7 @@ of the target, D width of the model, H heads, V vocabulary; of a strip 28 × W p
 
 3. Pre-norm and post-norm (前置与后置归一化)
    Asked     "Norm before or after? Why do deep models take pre-norm?"
-             「Pre-Norm 和 Post-Norm 有什么区别？为什么深层模型多用 Pre-Norm？」
+             「pre-norm 和 post-norm 有什么区别？为什么深层模型多用 pre-norm？」
    Idea      post-norm (Vaswani 2017):  x = norm(x + f(x))
              pre-norm:                  x = x + f(norm(x)), and one norm after the last layer
    Cost      The same, but for that norm.
@@ -72,8 +72,8 @@ of the target, D width of the model, H heads, V vocabulary; of a strip 28 × W p
    Asked     "What happens on inputs longer than those of training? Do rotary positions help?"
              「推理长度超过训练长度会怎样？旋转位置编码有帮助吗？」
    Idea      Sinusoids are added to the tokens: places beyond the training's are vectors never seen.
-             Rotary and relative positions enter the scores as distances: each distance was seen,
-             but sums over more tokens were not.
+             Rotary and relative positions enter the scores as distances. A longer strip has longer
+             ones: to rotary positions they are angles never seen, relative ones clip them at FAR.
    Cost      Sinusoids nothing a layer; rotary O(S D); relative O(S² D), with (2 · FAR + 1) vectors.
    追问      What must be counted still? Which digit is next: cross-attention has no positions of
              its own here, so the encoder must number what it sees. Measured below on strips of
