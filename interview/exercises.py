@@ -1904,8 +1904,8 @@ def scored_continuations(step, start: Tensor, n: int, eos=None, length_penalty=0
     "temperature",
     DECODING,
     1,
-    "Write temperature. What do 0.5 and 2 do to a distribution?",
-    "手写温度采样。0.5 和 2 分别怎样改变分布？",
+    "Write temperature. What do `0.5` and `2` do to a distribution?",
+    "手写温度采样。`0.5` 和 `2` 分别怎样改变分布？",
     (
         "Stretch or shrink all differences between the logits. (拉大或缩小 logits 之差)",
         "p_i ∝ exp(z_i / t): below 1 the likely ones gain, above 1 the others",
