@@ -761,8 +761,8 @@ def show_shifted(out: Path, val: Split) -> None:
     stage1 = ROOT / "figures" / "stage1"
     models = {
         "CNN, deformed images": load_cnn(file_of(out, "cnn", "MNIST", ".pt")),
-        "MLP, deformed images": stage1_mlp.load_weights(stage1 / "deformed.pt"),
-        "MLP": stage1_mlp.load_weights(stage1 / "baseline.pt"),
+        "MLP, deformed images": stage1_mlp.load_weights(stage1 / "deformed.pt")[0],
+        "MLP": stage1_mlp.load_weights(stage1 / "baseline.pt")[0],
     }
     rows = compare_shifted(models, split)
     rows.to_csv(out / "convolution_shift.csv", index=False, float_format="%.6g")
