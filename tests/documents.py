@@ -207,11 +207,6 @@ CHAPTERS = (
 )
 
 
-def anchor_of(heading: str) -> str:
-    """What GitHub makes of a heading for links within a page."""
-    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
-
-
 def with_contents(text: str) -> str:
     """The text with its section "Contents", if it has one, made anew from the headings below."""
     match = re.search(r"^## Contents.*\n(?P<old>(?s:.*?))^## ", text, flags=re.MULTILINE)
@@ -219,7 +214,7 @@ def with_contents(text: str) -> str:
         return text
     lines = []
     for heading in re.findall(r"^## (.+)$", text[match.end() - 3 :], flags=re.MULTILINE):
-        link = f"[{heading}](#{anchor_of(heading)})"
+        link = f"[{heading}](#{metrics.anchor_of(heading)})"
         if heading.startswith(CHAPTERS):
             lines.append(f"- **{link}**")
         else:
