@@ -882,8 +882,9 @@ GUIDANCE = 2.0  # where only the steps differ
 N_STEPS = 50  # where only the guidance differs
 GUIDANCES = (1.0, 1.5, 2.0, 3.0, 5.0)
 STEPS = (5, 10, 20, 50)
-N_DRAWN = 500  # digits of each setting
-N_DRAWN_DDPM = 100  # a digit by DDPM takes 1,000 steps
+N_DRAWN = {"cpu": 500, "cuda": 2000}  # digits of each setting
+N_DRAWN_DDPM = {"cpu": 100, "cuda": 2000}  # a digit by DDPM takes 1,000 steps
+N_FRECHET = 500  # digits that a Fréchet distance takes: few would look worse than they are
 
 
 class Setting(NamedTuple):
@@ -991,11 +992,11 @@ def load_cnn(path: Path, device: str) -> convolution.CNN:
 def measures(digits: Split, cnn: convolution.CNN, reference: Tensor) -> dict[str, float]:
     """How good digits are, beside features (M, 256) of real ones.
 
-    No Fréchet distance of fewer than N_DRAWN digits: few would look worse than they are.
+    No Fréchet distance of fewer than N_FRECHET digits.
     """
     features, classes = features_of(cnn, digits.images)
     frechet = math.nan
-    if len(digits.labels) >= N_DRAWN:
+    if len(digits.labels) >= N_FRECHET:
         frechet = frechet_distance(features, reference)
     return {
         "read_as_asked": (classes == digits.labels).double().mean().item(),
@@ -1018,7 +1019,7 @@ def evaluate_all(
     path = weights_file(out, all_runs()[0])
     model = load_weights(path, device)
     settings = all_settings()
-    n_drawn, n_drawn_ddpm = N_DRAWN, N_DRAWN_DDPM
+    n_drawn, n_drawn_ddpm = N_DRAWN[device], N_DRAWN_DDPM[device]
     schedule = linear_schedule()
     if smoke:
         settings = [Setting("DDIM", 2, 2.0), Setting("DDIM", 3, 1.0), Setting("DDPM", 10, 2.0)]
@@ -1040,7 +1041,7 @@ def evaluate_all(
     print(f"\nmeasuring {len(settings)} settings on {device}", flush=True)
     for setting in [None, *settings]:  # None: real digits
         n = n_drawn_ddpm if setting and setting.sampler == "DDPM" else n_drawn
-        key = {"seed": 0, "n": n, "weights": weights}
+        key = {"seed": 0, "weights": weights}
         if setting is None:
             key = {"experiment": "real", "value": "test images"} | key
             columns = {"sampler": "", "n_steps": 0, "guidance": 0.0}
@@ -1056,7 +1057,7 @@ def evaluate_all(
             labels = torch.arange(n, device=device) % N_CLASSES
             at_once = 1000 if device == "cuda" else 50
             digits = Split(draw_digits(model, labels, setting, 0, schedule, at_once), labels)
-        row = key | columns | measures(digits, cnn, reference)  # waits for the GPU
+        row = key | {"n": n} | columns | measures(digits, cnn, reference)  # waits for the GPU
         row |= {"seconds": clock() - start, "clock": clock.__name__} | origin
         drawn[key["value"]] = (255 * digits.images[:20]).round().byte().cpu()
         with metrics.written_aside(pictures) as aside:

@@ -571,7 +571,7 @@ def smoke(few_images, tmp_path_factory):
     torch.save(convolution.CNN().state_dict(), out / "cnn.pt")
     options = {"smoke": True, "device": "cpu", "out": out, "checkpoints": out / "checkpoints"}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(diffusion, "N_DRAWN", 20)  # so many have a Fréchet distance
+        patch.setattr(diffusion, "N_FRECHET", 20)  # so many have a Fréchet distance
         patch.setattr(diffusion, "N_STEPS", 10)  # in the picture of the way
         assert diffusion.main(train=True, evaluate=True, cnn=out / "cnn.pt", **options) == 0
     return out
