@@ -6,16 +6,18 @@
 
 A number in prose is followed by a comment that a reader does not see, and that says what it is:
 
-    98.61 ± 0.08 % <!-- stage1/test_metrics.csv; experiment == "baseline"; 100 * accuracy -->
-    136,074 <!-- stage1/runs.csv; experiment == "baseline"; parameters -->
+    98.61 ± 0.08 % <!-- stage1/test_metrics.csv; baseline; 100 * accuracy -->
+    97.90 % <!-- stage1/runs.csv; depth = 1 and seed == 0; 100 * val_accuracy -->
     0.65 <!-- ; ; 1 - 0.9 ** 10 -->
     98.4 % <!-- source: Simard, Steinkraus and Platt 2003, table 1 -->
 
 The parts are a table under figures/, a pandas query that chooses rows (none: all of them) and an
-expression in which each column has its name. Of several rows it gives mean ± standard deviation;
-where a single number stands in the text, their mean. `paired(a, b)` and `welch(a, b)` give a
-difference and half its 95 % t interval. Without a table it is arithmetic. A number
-has as many decimals as are written; `?` and `?.??` and `?.?? ± ?.??` ask for so many from --fill.
+expression in which each column has its name. A query may begin with `EXPERIMENT` or
+`EXPERIMENT = VALUE`, without quotation marks, the names of a row in our tables. Of several rows it
+gives mean ± standard deviation; where a single number stands in the text, their mean.
+`paired(a, b)` and `welch(a, b)` give a difference and half its 95 % t interval. Without a table it
+is arithmetic. A number has as many decimals as are written; `?` and `?.??` and `?.?? ± ?.??` ask
+for so many from --fill.
 """
 
 import argparse
@@ -107,21 +109,32 @@ FUNCTIONS = {
 }
 
 
+def rows_of(table: str, query: str) -> pd.DataFrame:
+    """The rows of a table that a query chooses; ValueError if there is none."""
+    rows = cached_table(FIGURES / table)
+    first, _, rest = query.partition(" and ")
+    if query and not re.search('[=!<>]=|[<>"]', first):  # EXPERIMENT or EXPERIMENT = VALUE
+        experiment, _, value = first.partition(" = ")
+        rows = rows[rows["experiment"] == experiment]
+        if value:
+            rows = rows[rows["value"].astype(str) == value]
+        query = rest
+    if query:
+        rows = rows.query(query)
+    if rows.empty:
+        raise ValueError(f"no row of {table} is {first} {query}".rstrip())
+    return rows
+
+
 def value_of(meaning: str):
     """What a comment's three parts, `table; query; expression`, come to: numbers."""
     name, query, expression = (part.strip() for part in meaning.split(";", 2))
     names = dict(FUNCTIONS)
     if name:
-        rows = cached_table(FIGURES / name)
-        if query:
-            rows = rows.query(query)
-        if rows.empty:
-            raise ValueError(f"no row of {name} has {query}")
+        rows = rows_of(name, query)
         names |= {str(column): rows[column] for column in rows.columns}
         # of("query", "column"): of other rows, to compare with; a third part names another table
-        names["of"] = lambda wanted, column, table=name: cached_table(FIGURES / table).query(
-            wanted
-        )[column]
+        names["of"] = lambda wanted, column, table=name: rows_of(table, wanted)[column]
     return eval(expression, {"__builtins__": {}}, names)  # the repository's own documents
 
 
