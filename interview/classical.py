@@ -6,7 +6,7 @@
 Read `linear_regression` first: logistic regression and the factorisation machine are the same loop
 with another gradient. Axis letters in shape comments: n rows, d features, k clusters or factors.
 
-1. Linear regression by SGD (线性回归, 随机梯度下降)
+1. Linear regression by SGD (线性回归、随机梯度下降)
    Asked     "Write linear regression with stochastic gradient descent, without a library.
              Full batch, one row or mini-batches: what is the difference?"
              「不用框架，手写线性回归的随机梯度下降。批量、随机、小批量梯度下降有什么区别？」
@@ -34,7 +34,7 @@ with another gradient. Axis letters in shape comments: n rows, d features, k clu
              scikit-learn's C? l2 = 1 / (C n).
    Mistakes  log 0. exp(−z) that overflows at z = −1000. A penalty on the bias.
 
-3. Ridge and lasso (岭回归, L2 正则; 套索回归, L1 正则)
+3. Ridge and lasso (岭回归、L2 正则；套索回归、L1 正则)
    Asked     "Why is L1 sparse, and L2 smooth?"
              「为什么 L1 正则产生稀疏解，L2 正则让权重平滑？」
    Idea      The slope of |w| is 1 however small w is: it pushes a weight onto 0 and holds it there
@@ -67,7 +67,7 @@ with another gradient. Axis letters in shape comments: n rows, d features, k clu
    Mistakes  The mean of an empty cluster: nan. Choosing k by the lowest inertia: more clusters
              always have less. |x|² − 2 x·c + |c|² far from the origin: it cancels.
 
-5. Factorisation machine (因子分解机, FM)
+5. Factorisation machine, FM (因子分解机)
    Asked     "What does an FM add to a linear model? How are all pairs computed in O(kn)?"
              「FM 比线性模型多了什么？二阶交叉项怎样化简到 O(kn)？」
    Idea      y = w0 + Σ wᵢxᵢ + Σ_{i<j} ⟨vᵢ, vⱼ⟩ xᵢxⱼ. A pair's weight is the product of two short

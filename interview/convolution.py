@@ -13,7 +13,7 @@ of the output, kh × kw kernel, G groups.
    Asked     "Write a 2-d convolution without the framework's. How large is the output?"
              「不用框架手写二维卷积。输出尺寸怎么算？」
    Idea      Slide the kernel over the image, and sum products. With stride s, padding p and
-             dilation d (步幅, 填充, 空洞):
+             dilation d (步幅、填充、空洞率):
              Y[o, i, j] = b[o] + Σ_{c,u,v} W[o, c, u, v] · X[c, s·i + d·u − p, s·j + d·v − p]
              OH = ⌊(H + 2p − d(kh − 1) − 1) / s⌋ + 1
              im2col: lay each patch out as a column of C·kh·kw numbers, each kernel as a row. Then
@@ -58,12 +58,12 @@ of the output, kh × kw kernel, G groups.
    Asked     "Why does a CNN beat a fully connected network on images?"
              「为什么图像任务上 CNN 比全连接网络好？」
    Idea      It knows two things about images before it sees one. Near pixels belong together
-             (局部连接), and a shape is the same wherever it stands (权值共享, 平移等变). A fully
+             (局部连接), and a shape is the same wherever it stands (权值共享、平移等变). A fully
              connected layer must learn each shape at each place anew. Shuffle the pixels of all
              images in the same way, and it learns just as well; a CNN does not.
    Cost      Not fewer weights here, but each one is used at every position: about 100 times as many
              multiplications as stage 1's network.
-   追问      Equivariant or invariant (等变, 不变)? A convolution moves with its input; pooling and
+   追问      Equivariant or invariant (等变、不变)? A convolution moves with its input; pooling and
              the mean over positions forget where it was. Fully invariant? No: strides and borders
              break it. The picture of shifted digits measures it. ViT? It has fewer such
              assumptions and needs more data.

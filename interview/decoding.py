@@ -7,7 +7,7 @@ Read `top_p` and `beam_search` first. A language model is a function step(tokens
 (B, V): for each of V tokens, how likely it comes next. All here is what one does with it.
 Axis letters in shape comments: B batch, T tokens so far, V vocabulary, W hypotheses of a beam.
 
-1. Temperature, top-k, top-p (温度, top-k, top-p 采样)
+1. Temperature, top-k, top-p (温度、top-k、top-p 采样)
    Asked     "Write sampling with temperature, top-k and top-p. What does each do?"
              「手写带温度、top-k、top-p 的采样。它们各起什么作用？」
    Idea      Temperature: p_i ∝ exp(z_i / t). Below 1 the likely ones gain, above 1 the others. The

@@ -714,7 +714,7 @@ def running_statistics(solution, parameters, batches, x) -> dict:
     "手写 BN。训练和推理有什么区别？",
     (
         "Statistics of each channel over the batch and its pixels in training, running averages "
-        "of them in inference. (训练用批统计，推理用滑动平均)",
+        "of them in inference. (训练用批统计量，推理用滑动平均)",
         "y = γ (x − μ) / √(σ² + eps) + β with the biased variance; "
         "running ← 0.9 running + 0.1 new, there with the unbiased variance",
         "axes = [0, *range(2, x.ndim)]  # all but the channels",
@@ -1163,7 +1163,7 @@ CELL_NAMES = "W_xh = nn.Linear(n_in, …) with a bias, W_hh = nn.Linear(n_hidden
     RECURRENT,
     1,
     "Write a step of a plain RNN from nn.Linear.",
-    "用 nn.Linear 手写 RNN 的一步。",
+    "用 nn.Linear 手写 RNN 的单步计算。",
     (
         "The new state is a layer of the input and the state before. (新状态 = 输入 + 旧状态)",
         "h' = tanh(W_xh x + b + W_hh h); no state is zeros",
@@ -1278,7 +1278,7 @@ def read_one_by_one(theirs, x, lengths) -> dict:
     "手写多层、双向、变长序列的循环网络。",
     (
         "A layer reads the outputs of the layer below; a sequence's state stands still past its "
-        "end; backwards, each one is turned about its own end. (各自的末尾)",
+        "end; backwards, each one is turned about its own end. (按各自的长度翻转)",
         "outputs[t] = h_t for t < length, else 0; the last state is h at t = length − 1",
         "x = x.transpose(0, 1)  # (T, B, F): step by step",
     ),
@@ -1691,7 +1691,7 @@ def padding_mask_cases():
     TRANSFORMER,
     1,
     "Teacher forcing: the decoder's inputs and targets from the right tokens.",
-    "教师强制：由正确答案得到解码器的输入和目标。",
+    "教师强制：由目标序列得到解码器的输入和预测目标。",
     (
         "The same tokens twice: once behind a begin, once before an end. (错开一位)",
         "inputs = begin, x_1 … x_N; targets = x_1 … x_N, end",
@@ -1838,7 +1838,7 @@ def encoder_layer_cases():
     "Write a transformer's decoder layer. Which masks does it need?",
     "手写 Transformer 解码器层。需要哪些掩码？",
     (
-        "Attend to the past, then to the memory; then each token alone. (自注意、交叉)",
+        "Attend to the past, then to the memory; then each token alone. (先自注意力，再交叉)",
         "pre-norm: x + self(norm_1 x), causal; x + cross(norm_2 x, memory); x + ff(norm_3 x)",
         "x = x + self.self_attention(self.norm_1(x), mask=mask, causal=True)[0]  # pre-norm",
     ),
@@ -2201,7 +2201,7 @@ OPTIMIZER_NAMES = (
     "Write SGD with momentum and weight decay.",
     "手写带动量和权重衰减的 SGD。",
     (
-        "Step by a sum of past gradients that fades. (累积的梯度)",
+        "Step by a sum of past gradients that fades. (历史梯度的衰减和)",
         "g = g + λ w; v = μ v + g; w = w − lr v",
         "g = g + self.weight_decay * w",
     ),
@@ -2489,7 +2489,7 @@ def one_forward_one_backward_cases():
     PARALLEL,
     1,
     "Which share of the time does a stage of a pipeline wait?",
-    "流水线的气泡率是多少？",
+    "流水线并行的气泡占多少时间？",
     (
         "Stage s starts s clocks late and ends as early; its work takes m. (填充和排空)",
         "(p − 1) / (m + p − 1)",
@@ -2667,7 +2667,7 @@ def guidance_cases():
     DIFFUSION,
     2,
     "Tell a network the time as sines and cosines.",
-    "手写时间的正弦编码。",
+    "手写时间步的正弦编码。",
     (
         "Waves of many lengths, as the hands of a clock. (许多不同频率的正弦和余弦)",
         "angle_i = t / 10,000^(2i / d); sin and cos of each in turn, (B, d)",
@@ -2703,7 +2703,7 @@ def mask_cases(score) -> Iterator[Case]:
     DIFFUSION,
     1,
     "Intersection over union of masks, one number an image.",
-    "手写分割的 IoU，每张图一个数。",
+    "手写分割的 IoU，每张图返回一个数。",
     (
         "Pixels in both, over pixels in at least one. (交集除以并集)",
         "IoU = |A ∩ B| / (|A| + |B| − |A ∩ B|); of two empty masks 1",
@@ -2830,7 +2830,7 @@ def descent_in_closed_form(X, y, lr, epochs) -> dict:
     "不用框架，手写线性回归的随机梯度下降。",
     (
         "A batch at a time, in a new random order each epoch, against the slope of the mean "
-        "squared error. (逐批下降)",
+        "squared error. (逐个小批量更新)",
         "error = Xw + b − y of B rows; dw = 2/B · Xᵀ error; db = 2/B · Σ error; all start at 0",
         "order = np.random.default_rng(seed).permutation(len(X))  # anew in each epoch",
     ),

@@ -43,14 +43,14 @@ features. What needs squares or sums computes float16 and bfloat16 in float32, t
 
 3. SwiGLU (门控前馈层)
    Asked     "Write LLaMA's feed-forward layer. Why three matrices, and how wide?"
-             「手写 SwiGLU。为什么有三个矩阵？隐层维度怎么定？」
+             「手写 SwiGLU。为什么有三个矩阵？隐藏层维度怎么定？」
    Idea      w2(silu(w1 x) ⊙ w3 x): one branch is the gate of the other.
    Cost      3 · d · hidden weights, 6 · d · hidden operations a token. The usual two matrices of
              4 d have 8 d² weights; hidden = 8 d / 3 has as many.
    追问      Why is it better? Measured, not proven (Shazeer 2020). GEGLU? GELU in place of SiLU.
    Mistakes  silu on both branches. w2 and w3 exchanged. hidden = 4 d: 12 d² weights.
 
-4. Batch norm (批归一化, BN)
+4. Batch norm, BN (批归一化)
    Asked     "Write batch norm. What differs between training and inference? Small batches?"
              「手写 BN。训练和推理有什么区别？batch 很小时怎么办？」
    Idea      In training by the batch's mean and variance; in inference by running averages of

@@ -13,7 +13,7 @@ gradient g. Everything that it remembers of a parameter starts at 0.
                m̂ = m / (1 − β₁ᵗ),   ŝ = s / (1 − β₂ᵗ)
     AdamW      w = (1 − lr λ) w, then Adam's step by the gradient alone
 
-1. SGD and momentum (随机梯度下降, 动量)
+1. SGD and momentum (随机梯度下降、动量)
    Asked     "Batch, stochastic and mini-batch descent: which, and why? What does momentum do?"
              「批量、随机、小批量梯度下降的区别？动量起什么作用？」
    Idea      Go against the gradient of a few examples. Momentum steps by a sum of past gradients:

@@ -39,7 +39,7 @@
              Not square? A quarter turn then changes the shape, and only two cases can match.
    Mistakes  The transpose alone: that is a mirror image. B turned and A turned: once is enough.
 
-4. The knapsack filled exactly (完全背包, 恰好装满)
+4. The knapsack filled exactly (完全背包，恰好装满)
    Asked     "Items of given sizes, as many of each as you like: fill the bag exactly with the
              fewest. In how many ways can it be filled?"
              「物品可以无限次取用，恰好装满背包最少要几件？有多少种装法？」
