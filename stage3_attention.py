@@ -2175,7 +2175,7 @@ class RunCommand(Common):
     """Train experiments; what is finished is found and not trained again."""
 
     only: Annotated[
-        tyro.conf.UseAppendAction[tuple[tuple[Literal[("all", *EXPERIMENTS)], ...], ...]],
+        tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]],
         tyro.conf.arg(metavar="NAME …", help=f"of: all {' '.join(EXPERIMENTS)}"),
     ] = ()
     seeds: int = 1  # runs of every value, with seeds 0, 1, …
@@ -2185,6 +2185,8 @@ class RunCommand(Common):
     smoke: bool = False  # a tiny run of everything; without --out into a temporary folder
 
     def check(self) -> None:
+        for name in itertools.chain(*self.only):
+            check_name("experiment", name, ["all", *EXPERIMENTS])
         check_range("seeds", self.seeds, 1, 1000)
         check_range("workers", self.workers, 0, 1024)
         check_smoke(self)
@@ -2324,10 +2326,8 @@ def parse(arguments: list[str]):
     try:
         if not first or (first.startswith("-") and first not in ("-h", "--help")):
             arguments = ["run", *arguments]
-        elif not first.startswith("-") and first not in COMMANDS:
-            near = get_close_matches(first, COMMANDS, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"no command {first!r}, there are {', '.join(COMMANDS)}{hint}")
+        elif not first.startswith("-"):
+            check_name("command", first, list(COMMANDS))
         kinds = [Annotated[kind, tyro.conf.subcommand(name)] for name, kind in COMMANDS.items()]
         command = tyro.cli(
             Union[tuple(kinds)],  # noqa: UP007
@@ -2343,6 +2343,14 @@ def parse(arguments: list[str]):
         print(f"{SCRIPT}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     return command
+
+
+def check_name(kind: str, name: str, names: list[str]) -> None:
+    """ValueError that suggests the nearest of the names, unless it is one of them."""
+    if name not in names:
+        near = get_close_matches(name, names, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"no {kind} {name!r}, there are {', '.join(names)}{hint}")
 
 
 def device_of(device: str) -> str:
@@ -2389,11 +2397,12 @@ def run_experiments(command: RunCommand) -> None:
     runs = runs_of(experiments, 1 if command.smoke else command.seeds, command.smoke)
     with claimed(folder):
         metrics.drop_rows_of_no_run(folder)
+        todo, n_outdated = (runs, 0) if command.fresh else unfinished(runs, folder)
+        if todo:  # if any is missing, that is said first, and --fresh removes nothing
+            data = load_data(command.data_dir, command.download)
         if command.fresh:
-            load_data(command.data_dir, command.download)  # if any is missing, nothing is removed
             saved = metrics.load_rows(folder / "runs.csv", as_text=True)
             metrics.remove_runs(folder, saved["experiment"].isin(experiments))
-        todo, n_outdated = unfinished(runs, folder)
         workers = 1 if command.smoke else command.workers or default_workers(device)
         workers = min(workers, max(1, len(todo)))
         where = f"Dask's workers at {command.dask}" if command.dask else f"{workers} worker(s)"
@@ -2403,7 +2412,6 @@ def run_experiments(command: RunCommand) -> None:
         if n_outdated:
             print(f"{n_outdated} were made with other settings: trained again and replaced")
         if todo:
-            data = load_data(command.data_dir, command.download)
             if command.smoke:
                 first = Split(data.train.images[:200], data.train.labels[:200])
                 data = Data(first, every_50th(data.val), every_50th(data.test))
@@ -2490,6 +2498,7 @@ def train_and_save(
         tqdm(total=len(todo), unit="run", disable=not is_terminal) as bar,
         closing(results_of(todo, data, device, workers, dask)) as results,
     ):
+        bar.set_postfix_str(f"training, longest first: {todo[0].experiment} {todo[0].value}")
         for number, (tables, weights) in enumerate(results, 1):
             row = tables["runs"][0]
             if row["experiment"] in SELECTED and row["seed"] == 0:
