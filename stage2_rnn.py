@@ -1755,9 +1755,7 @@ def run_experiments(command: RunCommand) -> None:
         if n_outdated:
             print(f"{n_outdated} were made with other settings: trained again and replaced")
         if todo:
-            if command.smoke:
-                first = Split(data.train.images[:1000], data.train.labels[:1000])
-                data = Data(first, every_20th(data.val), every_20th(data.test))
+            data = smoke_data(data) if command.smoke else data
             train_and_save(todo, data, device, workers, command.dask, folder)
         drop_outdated(runs, folder)
         print("drawing …", flush=True)
@@ -1799,6 +1797,12 @@ def drop_outdated(runs: list[Run], folder: Path) -> None:
     if any(is_outdated):
         print(f"{sum(is_outdated)} rows of other settings or values, of other seeds, are removed")
         metrics.remove_runs(folder, np.array(is_outdated))
+
+
+def smoke_data(data: Data) -> Data:
+    """What a smoke run sees: the first 1,000 training images, every 20th of the others."""
+    first = Split(data.train.images[:1000], data.train.labels[:1000])
+    return Data(first, every_20th(data.val), every_20th(data.test))
 
 
 def every_20th(split: Split) -> Split:

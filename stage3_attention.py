@@ -2412,9 +2412,7 @@ def run_experiments(command: RunCommand) -> None:
         if n_outdated:
             print(f"{n_outdated} were made with other settings: trained again and replaced")
         if todo:
-            if command.smoke:
-                first = Split(data.train.images[:200], data.train.labels[:200])
-                data = Data(first, every_50th(data.val), every_50th(data.test))
+            data = smoke_data(data) if command.smoke else data
             train_and_save(todo, data, device, workers, command.dask, folder)
         if not (command.only or command.smoke):
             metrics.replace_rows(folder, demo_tables(*demo_layers(DemoCommand())), [])
@@ -2460,6 +2458,12 @@ def drop_outdated(runs: list[Run], folder: Path) -> None:
     if any(is_outdated):
         print(f"{sum(is_outdated)} rows of other settings or values, of other seeds, are removed")
         metrics.remove_runs(folder, np.array(is_outdated))
+
+
+def smoke_data(data: Data) -> Data:
+    """What a smoke run sees: the first 200 training images, every 50th of the others."""
+    first = Split(data.train.images[:200], data.train.labels[:200])
+    return Data(first, every_50th(data.val), every_50th(data.test))
 
 
 def every_50th(split: Split) -> Split:
