@@ -1535,7 +1535,11 @@ def results_of(
 
 
 def end_with_parent(parent: int) -> None:
-    """In a worker: end it once its parent is gone, so that a killed job leaves none behind."""
+    """In a worker: end it once its parent is gone, so that a killed job leaves none behind.
+
+    Ctrl-C in a terminal reaches the workers, too: they leave it to the parent, which ends them.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch() -> None:
         while os.getppid() == parent:

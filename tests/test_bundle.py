@@ -532,12 +532,17 @@ def test_a_stopped_job_says_how_to_go_on_and_leaves_nothing(
     words += ["--out", str(tmp_path / "o o")]
     # a shell's background job is deaf to SIGINT, and so would be what it starts
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    process = launch(small_script, *words, env=environment, cwd=tmp_path)
+    options = {"env": environment, "cwd": tmp_path, "start_new_session": True}
+    process = launch(small_script, *words, **options)
     signal.signal(signal.SIGINT, before)
     wait_for_rows(folder_of(tmp_path / "o o"), process)
-    process.send_signal(number)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # Ctrl-C in a terminal reaches the workers, too
+    else:
+        process.send_signal(number)
     returned, _, error = finish(process)
     assert returned == code
+    assert "Warning" not in error and "resource_tracker" not in error
     last = error.strip().splitlines()[-1]
     assert f"python {small_script} --only" in last
     assert "'" in last  # the folder with a space is quoted
