@@ -2558,6 +2558,8 @@ def results_of(
         options |= {"initializer": end_with_parent, "initargs": (os.getpid(),)}
         # loky replaces a worker that has grown by 300 MB between two runs, and loses nothing by it
         warnings.filterwarnings("ignore", "A worker stopped while some jobs")
+        # of a job that is stopped: what was in the making is trained again when it goes on
+        warnings.filterwarnings("ignore", r"\d+ tasks (which|have)")
         try:
             yield from joblib.Parallel(workers, **options)(jobs)
         finally:  # also when it is stopped: leave no worker and no mapped file behind
