@@ -13,8 +13,8 @@ of 2 × 2; a patch is one of 16 tokens. Before them stands the class, as a token
 
     class 3 │ ▗ │ ▄ │ ▟ │ … 196 patches, row by row
 
-Axis letters in shape comments: B batch, T tokens, D width, V the 16 patches, H heads, G heads of
-keys and values.
+Axis letters in shape comments: B batch, N images, T tokens, D width of the model, V the 16 kinds of
+patch. H is the number of query heads, G of key/value heads, d = D / H the width of one.
 
 1. GPT (因果语言模型)
    Asked     "Write a decoder-only transformer. What does it learn from one sequence?"
@@ -22,28 +22,35 @@ keys and values.
    Idea      Each token is predicted from those before it. The causal mask (因果掩码) lets one pass
              over T tokens answer T questions at once:
              log p(x) = Σ_t log p(x_t | x_1 … x_{t−1})
-             A block is x + attention(norm(x)), then x + mlp(norm(x)). Here as in LLaMA: RMSNorm,
-             SwiGLU, rotary positions; what they are stands in layers.py and stage 3.
-   Cost      About 6 operations a parameter and token in training, 2 in reading; attention adds
-             O(T² D) a block. 12 D² parameters a block.
+             A block is x + attention(norm(x)), then x + mlp(norm(x)). As in LLaMA: RMSNorm,
+             SwiGLU, rotary positions; what they are stands in layers.py and stage 3. Not as in
+             LLaMA: each place also has a learned vector, since the same place is the same spot of
+             every image; and the projections of attention have biases.
+   Cost      For a token, forward and backward, about 6 floating-point operations a parameter;
+             forward alone 2. Attention adds O(T D) a token and block. About 12 D² parameters a
+             block: 4 D² in attention, 8 D² in the MLP.
    追问      Why does the norm come first? The sum x is never normalised, so gradients reach every
-             block. Encoder or decoder? The mask is the difference. Why can it write what it has
-             never seen? It learns p, not the list of images. Does it need positions, as the mask
-             already breaks the symmetry? It works without, and better with.
+             block. Encoder or decoder? A decoder has the causal mask; this one reads no encoder, so
+             it has no cross-attention. Why can it write what it has never seen? It learns p, not
+             the list of images. Does it need positions? The mask alone tells tokens apart: a token
+             sees how many stand before it. So it learns without, too (Haviv 2022); not tried here.
    Mistakes  The target is the input, not shifted by one: the loss goes to 0. The mask hides the
              token itself: the first one sees nothing. Dropout while measuring.
 
 2. Nats, perplexity (似然, 困惑度)
    Asked     "How do you compare two language models? What if their tokens differ?"
              「怎样比较两个语言模型？词表不同怎么办？」
-   Idea      −log p of unseen data, lower is better. A sum over the whole image does not ask how it
-             was cut into tokens; a mean a token does. This model knows the class. What is compared
-             with models that do not is log p(x) = log Σ_c p(c) p(x | c): ten passes. One term of
-             the sum bounds it: −log p(x) ≤ −log p(c) − log p(x | c), too high by −log p(c | x).
+   Idea      −log p of unseen data, lower is better. The sum over a whole image does not depend on
+             how it was cut into tokens; the mean over tokens does. So texts are compared by bits a
+             byte, not by perplexity. This model knows the class, others do not. To compare,
+             log p(x) = log Σ_c p(c) p(x | c): ten passes. One term of the sum gives a bound:
+             −log p(x) ≤ −log p(c) − log p(x | c), too high by −log p(c | x).
    Cost      One pass for the bound; ten for the sum over classes.
-   追问      Perplexity is exp(nats a token): among how many tokens it is as good as undecided. Bits
-             are nats / ln 2. Does a better likelihood mean better samples? Not necessarily: see the
-             table of decoding. A classifier for free? argmax_c p(c) p(x | c), Bayes' rule.
+   追问      What is perplexity? exp(nats a token): the model is as unsure as between that many
+             tokens, all equally likely. Bits are nats / ln 2. Does a better likelihood mean better
+             samples? Neither follows from the other (Theis 2016). Is the likeliest image the best?
+             No: what greedy and beam search write is likelier than real digits, and most of it is
+             not read as asked (gpt_decoding.md). A classifier for free? argmax_c p(c) p(x | c).
    Mistakes  Grey pixels, another binarisation, or another number of bits: other data, so numbers
              that must not stand side by side. exp of a sum of 196 logs underflows: logsumexp.
 
@@ -51,12 +58,14 @@ keys and values.
    Asked     "How do you make generation fast? What do GQA and MQA change?"
              「怎样加速生成？GQA、MQA 改变了什么？」
    Idea      Keys and values of old tokens never change, as no token sees a later one. Keep them,
-             and each token is read once.
-   Cost      Without a cache O(T²) tokens are read to write T, with it T. The cache holds
-             2 · blocks · T · G · d numbers a sequence: G = H for multi-head, 1 for multi-query.
+             and each token is read once. GQA and MQA keep fewer: query heads share them.
+   Cost      To write T tokens, 1 + 2 + … + T = O(T²) are read without a cache, T with it. The cache
+             holds 2 · blocks · T · G · d numbers a sequence: G = H for multi-head, 1 for
+             multi-query. Attention still reads O(T) keys for a token.
    追问      Why is reading a prompt fast and writing slow? One is a matrix product of T rows, the
-             other T products of one row, which wait for memory. When does sharing pay? Long
-             sequences and large batches, where the cache outweighs the weights.
+             other T products of one row, each of which waits for the weights and the cache to come
+             from memory. When does sharing pay? When reading the cache takes most of that time:
+             long sequences, large batches. Not here: 196 patches are too few (gpt_speed.md).
    Mistakes  Positions that start from 0 again at each new token. A cache that is kept for the next
              batch.
 """
@@ -78,7 +87,7 @@ from torch import Tensor, nn
 
 import metrics
 import stage1_mlp
-from interview import cuda_or_cpu, decoding, training
+from interview import check_whole, cuda_or_cpu, decoding, training
 from interview.convolution import InParts, file_of, load_cnn
 from interview.layers import RMSNorm, SwiGLU, log_softmax
 from stage1_mlp import Split
@@ -164,12 +173,13 @@ class Config:
     clip: float = 1.0
     batch_size: int = 128
     epochs: int = 25
-    # training images used; and, of validation and of test images, how many judge the end
+    # training images
     n_train: int = stage1_mlp.N_TRAIN
+    # validation images at the end, or all if there are fewer; the first 1,000 judge it on its way
     n_judged: int = 10_000
     # training steps from one row of the history to the next
     log_every: int = 215
-    # of weights, batch order, drawn pixels and dropout; never of the validation or test pixels
+    # of weights, batch order, drawn training pixels and dropout; others' pixels are always the same
     seed: int = 0
 
     @property
@@ -212,6 +222,7 @@ class GPT(nn.Module):
         D = config.d_model
         self.config = config
         self.embedding = nn.Embedding(V + N_CLASSES, D)
+        # a learned vector for each place, beside the rotary positions in attention
         self.places = nn.Parameter(0.02 * torch.randn(config.n_tokens, D))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_blocks))
         self.norm = RMSNorm(D)
@@ -219,7 +230,11 @@ class GPT(nn.Module):
         self.initialise()
 
     def initialise(self) -> None:
-        """GPT-2's: weights of 0.02, smaller where a block ends, as all blocks add to one sum."""
+        """As GPT-2: weights of standard deviation 0.02, and zero biases.
+
+        2 n_blocks layers add to the sum x: the last weights of each are smaller by √(2 n_blocks),
+        so that x does not grow with the depth.
+        """
         for layer in self.modules():
             if isinstance(layer, nn.Linear | nn.Embedding):
                 nn.init.normal_(layer.weight, std=0.02)
@@ -231,16 +246,20 @@ class GPT(nn.Module):
 
     def forward(self, tokens: Tensor, caches: list[KVCache] | None = None) -> Tensor:
         start = caches[0].length if caches else 0
-        if tokens.ndim != 2 or start + tokens.shape[1] > len(self.places):
-            after = f" after {start} in the caches" if caches else ""
-            wanted = f"tokens (B, T), at most {len(self.places)} in all, expected"
-            raise ValueError(f"{wanted}, not {tuple(tokens.shape)}{after}")
+        self.check_tokens(tokens, start)
         T = tokens.shape[1]
         x = self.embedding(tokens) + self.places[start : start + T]  # (B, T, D)
         with unchanged_if_it_fails(*(caches or [])):
             for block, cache in zip(self.blocks, caches or [None] * len(self.blocks), strict=True):
                 x = block(x, cache)
         return self.head(self.norm(x))  # (B, T, V)
+
+    def check_tokens(self, tokens: Tensor, start: int) -> None:
+        """ValueError unless tokens are (B, T) and have places behind `start` others."""
+        if tokens.ndim != 2 or start + tokens.shape[1] > len(self.places):
+            wanted = f"tokens (B, T), at most {len(self.places)} in all, expected"
+            after = f" after {start} in the caches" if start else ""
+            raise ValueError(f"{wanted}, not {tuple(tokens.shape)}{after}")
 
     def caches(self, batch: int) -> list[KVCache]:
         """An empty cache for every block, for sequences of n_tokens."""
@@ -259,9 +278,9 @@ def n_parameters(model: nn.Module) -> int:
 def next_patch_loss(model: GPT, tokens: Tensor, labels: Tensor) -> Tensor:
     """Mean −log p(next patch) in nats, of patches (B, T) and classes (B,): the training's loss.
 
-    The model reads the class and all patches but the last, and answers all patches.
+    The model reads the class and all patches but the last; its targets are all patches.
     """
-    read = torch.cat([class_tokens(labels), tokens[:, :-1]], 1)  # (B, T): moved by one
+    read = torch.cat([class_tokens(labels), tokens[:, :-1]], 1)  # (B, T): shifted by one
     logits = model(read).float()  # (B, T, V)
     return stage1_mlp.cross_entropy(logits.flatten(0, 1), tokens.flatten())
 
@@ -280,9 +299,10 @@ def log_likelihood(model: GPT, tokens: Tensor, labels: Tensor, size: int | None 
     model.eval()
     found = []
     for x, c in zip(tokens.split(size), labels.split(size), strict=True):
-        read = torch.cat([class_tokens(c), x[:, :-1]], 1)
+        read = torch.cat([class_tokens(c), x[:, :-1]], 1)  # (B, T)
         log_p = log_softmax(model(read).double())  # (B, T, V)
-        found.append(log_p.gather(2, x[:, :, None]).sum((1, 2)))
+        of_patches = log_p.gather(2, x[:, :, None]).squeeze(2)  # (B, T)
+        found.append(of_patches.sum(1))
     model.train(was_training)
     return torch.cat(found)
 
@@ -370,7 +390,7 @@ def class_shares(labels: Tensor) -> Tensor:
 
 
 def make_optimizer(model: GPT, config: Config) -> torch.optim.Optimizer:
-    """AdamW; matrices decay, what is added or multiplied number by number does not."""
+    """AdamW; matrices decay (embeddings and places too), biases and the norms' weights do not."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     groups = [
@@ -387,7 +407,7 @@ def train(
 
     After each epoch all that is needed to go on is written to the checkpoint, and a run that finds
     one with its own config goes on from there. An epoch draws from a seed of its own, so a run
-    that was stopped ends exactly as one that was not.
+    that was stopped ends exactly as one that was not. On a GPU in bfloat16 (混合精度).
     """
     train_digits = digits["train"].first(config.n_train)
     judged = digits["val"].first(min(1000, config.n_judged))
@@ -398,7 +418,7 @@ def train(
     parts = {"model": model, "optimizer": optimizer}
     first_epoch, history = training.load_checkpoint(checkpoint, config, device, **parts)
     start = time.perf_counter() - (history[-1]["seconds"] if history else 0.0)
-    half = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    bfloat16 = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
     losses = []
     step = first_epoch * config.steps_per_epoch
     for epoch in range(first_epoch, config.epochs):
@@ -409,7 +429,7 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = stage1_mlp.learning_rate(config, step)
             tokens = tokens_of(binarised(train_digits.images[batch]))  # (B, T)
-            with half:
+            with bfloat16:
                 loss = next_patch_loss(model, tokens, train_digits.labels[batch])
             optimizer.zero_grad()
             loss.backward()
@@ -465,6 +485,12 @@ class Run(NamedTuple):
     def key(self) -> dict:
         return {"experiment": self.experiment, "value": self.value, "seed": self.config.seed}
 
+    @property
+    def checkpoint(self) -> str:
+        """Such as gpt_key_value_heads_8_0.pt."""
+        experiment = self.experiment.replace("/", "_").replace(" ", "_")
+        return f"gpt_{experiment}_{self.value}_{self.config.seed}.pt"
+
 
 MAIN = Config()
 # what sharing keys and values costs: smaller networks, each training image once
@@ -503,9 +529,7 @@ def execute(
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU, in training alone
     config = run.config
     digits = load_digits(data_dir, device)
-    place = f"{run.experiment}_{run.value}_{config.seed}".replace("/", "_").replace(" ", "_")
-    checkpoint = checkpoints / f"gpt_{place}.pt"
-    model, history = train(config, digits, run.name, checkpoint)
+    model, history = train(config, digits, run.name, checkpoints / run.checkpoint)
     torch.set_float32_matmul_precision(precision)
 
     if run.experiment == "digits":
@@ -558,7 +582,8 @@ def train_missing(
 class CachedStep:
     """A `step` for interview.decoding that reads each token once: tokens (B, T) -> (B, 16).
 
-    Each call must go on with the rows of the last one: not for a beam, which changes them.
+    Each call must continue the sequences of the call before, row by row. Beam search drops some and
+    doubles others, so it takes `UncachedStep`.
     """
 
     def __init__(self, model: GPT, batch: int):
@@ -572,7 +597,7 @@ class CachedStep:
 
 
 class UncachedStep:
-    """The same, reading all tokens again each time."""
+    """The same logits, but every call reads all tokens again: (B, T) -> (B, 16)."""
 
     def __init__(self, model: GPT):
         self.model = model
@@ -612,14 +637,14 @@ def best_of_beam(model: GPT, label: int, width: int) -> Tensor:
 PUBLISHED = {  # −log p(x) of binarised MNIST's test images, as van den Oord et al. 2016 list them
     "NADE (Larochelle and Murray 2011)": 88.33,
     "MADE (Germain et al. 2015)": 86.64,
-    "EoNADE, 2 hidden layers, 128 orderings (Uria et al. 2014)": 84.68,
+    "EoNADE, 2 hidden layers, 128 orderings (Uria et al. 2014)": 85.10,
     "PixelCNN (van den Oord et al. 2016)": 81.30,
     "Diagonal BiLSTM, 7 layers (van den Oord et al. 2016)": 79.20,
 }
 
 
 def parts_of(digits: Digits, size: int = 40) -> list[Digits]:
-    """The digits `size` at a time: after each part the program can say how far it is."""
+    """The digits in parts of `size`: after each part the program can say how far it is."""
     parts = zip(digits.images.split(size), digits.labels.split(size), strict=True)
     return [Digits(images, labels) for images, labels in parts]
 
@@ -680,14 +705,21 @@ class Measures:
     n_sum: int = 1000  # of the sum over the classes, ten times the work
     n_digits: int = 50  # written of each class
     width: int = 5  # of the beam
-    n_beams: int = 10  # classes that are written by beam search
+    n_beam_classes: int = 10  # classes that are written by beam search
     n_timed: int = 512  # digits written at a time, on a GPU
     n_timed_on_cpu: int = 8
     repeats: int = 2
 
 
 SMOKE = Measures(
-    n_bound=20, n_sum=10, n_digits=2, width=2, n_beams=1, n_timed=2, n_timed_on_cpu=2, repeats=1
+    n_bound=20,
+    n_sum=10,
+    n_digits=2,
+    width=2,
+    n_beam_classes=1,
+    n_timed=2,
+    n_timed_on_cpu=2,
+    repeats=1,
 )
 STRATEGIES = {  # name -> options of decoding.sample
     "temperature 1": {},
@@ -706,12 +738,12 @@ def written_by(name: str, model: GPT, measures: Measures) -> Digits:
     if name == "greedy":
         return Digits(write(model, classes, decoding.likeliest), classes)
     if name == "beam search":
-        labels = training.every_minute(range(measures.n_beams), "classes by beam search")
+        labels = training.every_minute(range(measures.n_beam_classes), "classes by beam search")
         beams = [best_of_beam(model, label, measures.width) for label in labels]
-        labels = classes[: measures.n_beams].repeat(measures.width)
+        labels = classes[: measures.n_beam_classes].repeat(measures.width)
         return Digits(torch.stack(beams, 1).flatten(0, 1), labels)
     seed = list(STRATEGIES).index(name)
-    parts = classes.repeat(measures.n_digits).split(100)  # more would need gigabytes of cache
+    parts = classes.repeat(measures.n_digits).split(100)  # each needs a cache of its own
     written = []
     for number, labels in enumerate(training.every_minute(parts, f"hundreds by {name}")):
         images = sampled(model, labels, seed=1000 * seed + number, **STRATEGIES[name])
@@ -782,59 +814,44 @@ def patches_of(texts: list[str]) -> Tensor:
 def measure_speed(measures: Measures, device: str, smoke: bool) -> list[dict]:
     """Rows of gpt_speed.csv: tokens a second with a cache and without, for 8, 2 and 1 heads of it.
 
-    The weights are random, as the time does not depend on them; timed in turn. On a CPU it is the
-    processor's time that counts, so that what else the machine does hardly matters.
+    Median seconds of `repeats` writings. The weights are random, as the time does not depend on
+    them. All are timed in turn, so that what else the machine does falls on all alike. On a CPU it
+    is the processor's time that counts.
     """
     config = replace(MAIN, n_heads=8)
     config = replace(smoke_config(config), n_tokens=10) if smoke else config
     batch = measures.n_timed_on_cpu if device == "cpu" else measures.n_timed
     labels = torch.arange(batch, device=device) % N_CLASSES
     models = {n: GPT(replace(config, n_kv_heads=n)).to(device).eval() for n in (8, 2, 1)}
-    works = {}
-    for n, model in models.items():
-        for cached in (True, False):
-            works[n, cached] = Writing(model, labels, cached)
-            works[n, cached](2)  # the first call of a size is slow
+    calls = list(itertools.product(models, (True, False)))
+    for n, cached in calls:
+        write_greedily(models[n], labels, cached, 2)  # the first call of a size is slow
     clock = time.process_time if device == "cpu" else time.perf_counter
-    seconds = seconds_in_turn(works, measures.repeats, clock)
+    times = {call: [] for call in calls}
+    for n, cached in training.every_minute(calls * measures.repeats, "writings timed"):
+        start = clock()
+        write_greedily(models[n], labels, cached, config.n_tokens)
+        times[n, cached].append(clock() - start)
     rows = []
     for n, name in ((8, "MHA"), (2, "GQA"), (1, "MQA")):
         row = {"experiment": "speed", "value": name, "n_kv_heads": n, "batch": batch}
         row["clock"] = clock.__name__
         tokens = batch * config.n_tokens
-        row["cached_tokens_a_second"] = tokens / seconds[n, True]
-        row["uncached_tokens_a_second"] = tokens / seconds[n, False]
-        row["ratio"] = seconds[n, False] / seconds[n, True]
+        seconds_cached = float(np.median(times[n, True]))
+        seconds_uncached = float(np.median(times[n, False]))
+        row["cached_tokens_a_second"] = tokens / seconds_cached
+        row["uncached_tokens_a_second"] = tokens / seconds_uncached
+        row["ratio"] = seconds_uncached / seconds_cached
         row["cache_megabytes"] = sum(cache.nbytes for cache in models[n].caches(batch)) / 1e6
         row["weight_megabytes"] = 4 * n_parameters(models[n]) / 1e6
         rows.append(row | stage1_mlp.origin_of_rows(device))
     return rows
 
 
-class Writing(NamedTuple):
-    """A call without arguments that writes digits greedily, for the clock."""
-
-    model: GPT
-    labels: Tensor
-    cached: bool
-
-    def __call__(self, n: int = 0) -> None:
-        """n patches of each, or whole digits; .cpu() waits for a GPU."""
-        step = UncachedStep(self.model)
-        if self.cached:
-            step = CachedStep(self.model, len(self.labels))
-        n = n or self.model.config.n_tokens
-        decoding.greedy(step, class_tokens(self.labels), n).cpu()
-
-
-def seconds_in_turn(works: dict, repeats: int, clock: Callable) -> dict:
-    """Median seconds of each call, in turn: what else the machine does falls on all alike."""
-    seconds = {name: [] for name in works}
-    for name in training.every_minute(list(works) * repeats, "writings timed"):
-        start = clock()
-        works[name]()
-        seconds[name].append(clock() - start)
-    return {name: float(np.median(found)) for name, found in seconds.items()}
+def write_greedily(model: GPT, labels: Tensor, cached: bool, n_patches: int) -> None:
+    """The first patches of digits of these classes (B,), for the clock; .cpu() waits for a GPU."""
+    step = CachedStep(model, len(labels)) if cached else UncachedStep(model)
+    decoding.greedy(step, class_tokens(labels), n_patches).cpu()
 
 
 def evaluate_all(
@@ -1042,6 +1059,14 @@ def show_runs(out: Path) -> None:
         print("in a longer training, or in a large model.")
 
 
+ABOUT_NATS = """\
+The bound takes one pass, the sum ten. So the sum is of fewer images; the bound of the same images
+says how tight it is. The binarisation is not the same: the published models were trained and judged
+on one fixed draw of all pixels. Here training images are drawn anew in each epoch, which is more
+data, and test images once, with other pixels than theirs. So the rows say of what order the numbers
+are, not which model is better."""
+
+
 def show_measures(out: Path, parameters: int) -> None:
     """Tables and pictures of what --evaluate measured."""
     found = metrics.load_rows(out / "gpt_nats.csv")
@@ -1050,17 +1075,7 @@ def show_measures(out: Path, parameters: int) -> None:
         tables["nats"] = nats_table(found, parameters)
         print("\nTest images of binarised MNIST, −log p(x), lower is better:")
         print(tables["nats"])
-        print(
-            "The bound takes one pass, the sum ten: so the sum is of fewer images, and the bound of"
-        )
-        print(
-            "the same images says how tight it is. The binarisation is not the same: the published"
-        )
-        print(
-            "models were trained and judged on one fixed draw of all pixels; here training images"
-        )
-        print("are drawn anew in each epoch, which helps, and test images once, other pixels than")
-        print("theirs. So the rows say of what order the numbers are, not which model is better.")
+        print(ABOUT_NATS)
     strategies = metrics.load_rows(out / "gpt_decoding.csv")
     if len(strategies):
         tables["decoding"] = strategies_table(strategies)
@@ -1106,13 +1121,14 @@ def main(
         checkpoints: the folder for what an unfinished run needs to go on.
         data_dir: the folder that holds MNIST/raw.
     """
-    print("GPT: a causal transformer writes digits, patch by patch; half a minute from what is")
-    print("saved; --evaluate takes 25 minutes of one CPU core, --train two days of it, or minutes")
-    print("on a large GPU")
+    print("A GPT writes digits, patch by patch (逐块生成): half a minute from what is saved;")
+    print("--evaluate takes 25 minutes of one CPU core, --train two days of it, or minutes on a")
+    print("large GPU")
     torch.set_num_threads(1)
     weights = out / "gpt_digits.pt"
     try:
-        if smoke and out == FIGURES:
+        check_whole(workers=workers)
+        if smoke and out.resolve() == FIGURES:
             raise ValueError(f"--smoke would write over {out}: name another folder by --out")
         with stage1_mlp.claimed(out):
             device = stage1_mlp.device_of(cuda_or_cpu(device))

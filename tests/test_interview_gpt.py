@@ -3,6 +3,7 @@
 import itertools
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -301,6 +302,13 @@ def test_the_program_trains_measures_and_shows(raw, tmp_path, capsys, monkeypatc
     assert "3 of 3 runs found, 0 to do" in capsys.readouterr().out
 
 
-def test_a_smoke_run_does_not_write_over_the_figures(capsys):
-    assert gpt.main(train=True, smoke=True) == 1
-    assert "--smoke would write over" in capsys.readouterr().err
+def test_a_smoke_run_does_not_write_over_the_figures(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for options in ({}, {"out": Path("figures/interview")}):
+        assert gpt.main(train=True, smoke=True, **options) == 1
+        assert "--smoke would write over" in capsys.readouterr().err
+
+
+def test_the_number_of_workers_is_checked(tmp_path, capsys):
+    assert gpt.main(train=True, workers=0, out=tmp_path) == 1
+    assert "workers must be a whole number of at least 1, not 0" in capsys.readouterr().err
