@@ -1,4 +1,4 @@
-"""Encoder and decoder by hand, and a transformer that reads numbers (手撕 Transformer).
+"""Encoder and decoder by hand, and a transformer that reads strips of digits (手撕 Transformer).
 
     python -m interview.transformer              tables and pictures from what is saved, 1 min
     python -m interview.transformer --train --device cuda --workers 6
@@ -7,8 +7,9 @@
     python -m interview.transformer --out DIR    the same into and from DIR
 
 Read `EncoderLayer`, `DecoderLayer` and `Transformer` first. Attention itself, its masks and the KV
-cache are stage 3's. Axis letters in shape comments: B batch, S tokens of the source, T tokens
-of the target, D width of the model, H heads, V vocabulary; of a strip 28 × W pixels, N digits.
+cache are stage 3's. Axis letters in shape comments: B batch, S tokens of the source, T tokens of
+the target, D width of the model, H heads, V vocabulary; L decoder layers; of a strip 28 × W pixels,
+N digits.
 
 1. The encoder layer (编码器层)
    Asked     "Write a transformer's encoder layer. What does each part do?"
@@ -16,12 +17,14 @@ of the target, D width of the model, H heads, V vocabulary; of a strip 28 × W p
    Idea      Attention mixes tokens, the feed-forward network (前馈网络) works on each token alone.
              Around both a residual (残差) and a layer norm:
              x = x + attention(norm(x)),   x = x + W₂ relu(W₁ norm(x) + b₁) + b₂
-   Cost      O(S D² + S² D) in time a layer: for S < D the products with weights cost more than
-             attention. Weights: 4 D² in attention, 2 D · d_ff in the feed-forward network.
+   Cost      Weights: 4 D² in attention, 2 D · d_ff in the feed-forward network; 12 D² at
+             d_ff = 4 D. Multiplications: 12 S D² with weights and 2 S² D for scores and averages,
+             so attention's own part is the larger one only from S = 6 D on.
    追问      Why the residual? The gradient reaches every layer undamped. Why a feed-forward
-             network? Attention only averages values; it holds two thirds of the weights
-             at d_ff = 4 D. What if tokens are shuffled? The outputs are shuffled in the same way:
-             without positions (位置编码) the order does not count. BERT? Such layers alone.
+             network? Attention only averages values; this network computes something new
+             from each token, and holds two thirds of the weights at d_ff = 4 D. What if tokens
+             are shuffled? The outputs are shuffled in the same way: without positions (位置编码)
+             the order does not count. What is BERT? A stack of such layers, post-norm.
    Mistakes  No last norm after a pre-norm stack. Dropout on x itself and not on what is added to
              it. The padding mask forgotten: padding then takes part in every average.
 
@@ -30,17 +33,18 @@ of the target, D width of the model, H heads, V vocabulary; of a strip 28 × W p
              「解码器层和编码器层有什么不同？需要哪些掩码？」
    Idea      It attends to its own past (causal mask, 因果掩码), then to the encoder's output, the
              memory: queries from the decoder, keys and values from the memory (padding mask,
-             填充掩码). In training the inputs are the right tokens, moved by one:
-             inputs   begin 4 0 7      targets   4 0 7 end
+             填充掩码). In training the inputs are the right tokens, shifted by one:
+             inputs   begin 4 0 7
+             targets  4     0 7 end
              With the causal mask one pass gives all T predictions.
    Cost      O(T D² + T² D) for itself, O(S D² + T S D) for the memory.
    追问      Why is training parallel and generation is not? The inputs of training are known. What
              is exposure bias (曝光偏差)? In use the model reads its own mistakes, which it never
              saw. Do greedy decoding and teacher forcing agree? On a sequence that is right at every
-             step, exactly: greedy then writes the inputs itself. So the share of sequences without
-             an error can be measured in one pass. Does the target need a padding mask? Not if the
+             step, yes: greedy then writes the inputs itself. So the share of sequences without an
+             error can be measured in one pass. Does the target need a padding mask? Not if the
              padding stands behind: the causal mask hides it, and the loss leaves it out.
-   Mistakes  Inputs and targets not moved: the model copies. The memory masked causally. Padding
+   Mistakes  Inputs and targets not shifted: the model copies. The memory masked causally. Padding
              counted in the loss. True means "may look" here and in F.scaled_dot_product_attention,
              but "is hidden" in nn.MultiheadAttention.
 
@@ -73,12 +77,13 @@ of the target, D width of the model, H heads, V vocabulary; of a strip 28 × W p
              「推理长度超过训练长度会怎样？旋转位置编码有帮助吗？」
    Idea      Sinusoids are added to the tokens: places beyond the training's are vectors never seen.
              Rotary and relative positions enter the scores as distances. A longer strip has longer
-             ones: to rotary positions they are angles never seen, relative ones clip them at FAR.
+             distances: for rotary positions these are angles never seen; relative ones are clipped
+             at FAR tokens, so no distance is new.
    Cost      Sinusoids nothing a layer; rotary O(S D); relative O(S² D), with (2 · FAR + 1) vectors.
-   追问      What must be counted still? Which digit is next: cross-attention has no positions of
-             its own here, so the encoder must number what it sees. Measured below on strips of
-             seven and eight digits; training shows one to six.
-   Mistakes  "Rotary positions extrapolate." Only a mean loss is measured on longer inputs: most of
+   追问      Then why do relative positions fail, too (transformer_tables.md)? The reader must know
+             which digit is next. Cross-attention has no positions here, so the encoder has to
+             number the digits. A likely reason, not tested: training never showed a seventh.
+   Mistakes  "Rotary positions extrapolate." On longer inputs only a mean loss is measured: most of
              it comes from places that training had.
 """
 
@@ -152,10 +157,11 @@ class FeedForward(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """Every token looks at every token, then thinks alone (编码器层; Vaswani 2017, section 3.1).
+    """Attention among all tokens, then each token alone (编码器层; Vaswani 2017, section 3.1).
 
     forward: x (B, S, D) -> (B, S, D). mask as in stage 3's `attention`: True where a token may
-    look. norm_first is pre-norm. position "rotary" or "relative" as in GroupedQueryAttention.
+    look. norm_first: pre-norm; without it post-norm, as in the paper. position "rotary" or
+    "relative" acts in the scores, as in GroupedQueryAttention.
     """
 
     def __init__(
@@ -180,18 +186,16 @@ class EncoderLayer(nn.Module):
         check_tokens(self.d_model, x=x)
         if self.norm_first:
             x = x + self.attend(self.norm_1(x), mask)
-            x = x + self.think(self.norm_2(x))
+            x = x + self.dropout(self.feed_forward(self.norm_2(x)))
         else:
             x = self.norm_1(x + self.attend(x, mask))
-            x = self.norm_2(x + self.think(x))
-        return x
+            x = self.norm_2(x + self.dropout(self.feed_forward(x)))
+        return x  # (B, S, D)
 
     def attend(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Self-attention (自注意力), without its weights."""
         out, _ = self.attention(x, mask=mask)
         return self.dropout(out)
-
-    def think(self, x: Tensor) -> Tensor:
-        return self.dropout(self.feed_forward(x))
 
 
 # ---- 2. The decoder layer -------------------------------------------------------------------
@@ -205,11 +209,12 @@ class LayerCaches(NamedTuple):
 
 
 class DecoderLayer(nn.Module):
-    """Looks at its past, then at the memory, then thinks (解码器层; Vaswani 2017, section 3.1).
+    """Attention to its past, then to the memory; then each token alone (解码器层; Vaswani 2017).
 
     forward: x (B, T, D), memory (B, S, D) -> out (B, T, D), and the weights of cross-attention
-    (B, H, T, S). mask hides tokens of the target beside the causal mask, memory_mask those of the
-    memory. With caches, x are the tokens that come next, and memory must be the same each time.
+    (B, H, T, S). mask hides tokens of the target in addition to the causal mask, memory_mask those
+    of the memory; True where a token may look. With caches, x holds only the tokens that come next,
+    and memory must be the same each time.
     """
 
     def __init__(
@@ -245,31 +250,29 @@ class DecoderLayer(nn.Module):
         with unchanged_if_it_fails(own, of_memory):
             if self.norm_first:
                 x = x + self.attend(self.norm_1(x), mask, own)
-                out, weights = self.look(self.norm_2(x), memory, memory_mask, of_memory)
+                out, weights = self.cross_attend(self.norm_2(x), memory, memory_mask, of_memory)
                 x = x + out
-                x = x + self.think(self.norm_3(x))
+                x = x + self.dropout(self.feed_forward(self.norm_3(x)))
             else:
                 x = self.norm_1(x + self.attend(x, mask, own))
-                out, weights = self.look(x, memory, memory_mask, of_memory)
+                out, weights = self.cross_attend(x, memory, memory_mask, of_memory)
                 x = self.norm_2(x + out)
-                x = self.norm_3(x + self.think(x))
-        return x, weights
+                x = self.norm_3(x + self.dropout(self.feed_forward(x)))
+        return x, weights  # (B, T, D), (B, H, T, S)
 
     def attend(self, x: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        """Causal self-attention (自注意力), without its weights."""
         out, _ = self.self_attention(x, mask=mask, causal=True, cache=cache)
         return self.dropout(out)
 
-    def look(
+    def cross_attend(
         self, x: Tensor, memory: Tensor, mask: Tensor | None, cache: KVCache | None
     ) -> tuple[Tensor, Tensor]:
         """Cross-attention (交叉注意力): queries from x, keys and values from the memory."""
         if cache is not None and cache.length > 0:
-            memory = memory[:, :0]  # its keys and values are in the cache: none join them
+            memory = memory[:, :0]  # the cache holds its keys and values already: add no more
         out, weights = self.cross_attention(x, memory, mask=mask, cache=cache)
         return self.dropout(out), weights
-
-    def think(self, x: Tensor) -> Tensor:
-        return self.dropout(self.feed_forward(x))
 
 
 # ---- 3. The transformer ---------------------------------------------------------------------
@@ -306,9 +309,10 @@ class Transformer(nn.Module):
         sizes = (d_model, n_heads, d_ff, norm_first, in_scores, dropout)
         self.encoder = nn.ModuleList(EncoderLayer(*sizes) for _ in range(n_encoder))
         self.decoder = nn.ModuleList(DecoderLayer(*sizes) for _ in range(n_decoder))
-        # a pre-norm stack adds up and never norms its sum; a post-norm layer ends with a norm
+        # a pre-norm stack never norms its sum, so a norm follows; a post-norm layer ends with one
         self.encoder_norm = nn.LayerNorm(d_model) if norm_first else nn.Identity()
         self.decoder_norm = nn.LayerNorm(d_model) if norm_first else nn.Identity()
+        # starts with standard deviation 1, about as large as sinusoids: so without Vaswani's √D
         self.embedding = nn.Embedding(n_tokens, d_model)
         self.output = nn.Linear(d_model, n_tokens)
 
@@ -332,24 +336,25 @@ class Transformer(nn.Module):
     ) -> tuple[Tensor, list[Tensor]]:
         """Logits (B, T, V) after each token, and each layer's cross-attention (B, H, T, S).
 
-        With caches (see `caches`) the tokens are those that come next.
+        With caches (made by `caches`) tokens holds only those that come next.
         """
         if tokens.ndim != 2 or len(tokens) != len(memory):
             found = f"{tuple(tokens.shape)} and {tuple(memory.shape)}"
             raise ValueError(f"tokens (B, T) and memory (B, S, D) expected, not {found}")
         if caches is not None and len(caches) != len(self.decoder):
             raise ValueError(f"{len(caches)} caches for {len(self.decoder)} decoder layers")
-        caches = caches or [None] * len(self.decoder)
-        start = caches[0].own.length if caches[0] else 0
+        start = caches[0].own.length if caches else 0
         weights = []
-        with unchanged_if_it_fails(*(cache for pair in caches if pair for cache in pair)):
+        with unchanged_if_it_fails(*itertools.chain.from_iterable(caches or [])):
             x = self.with_places(self.embedding(tokens), start)  # (B, T, D)
-            for layer, layer_caches in zip(self.decoder, caches, strict=True):
+            each_layers = caches or [None] * len(self.decoder)
+            for layer, layer_caches in zip(self.decoder, each_layers, strict=True):
                 x, found = layer(x, memory, memory_mask=memory_mask, caches=layer_caches)
                 weights.append(found)
             return self.output(self.decoder_norm(x)), weights
 
     def with_places(self, x: Tensor, start: int) -> Tensor:
+        """x (B, T, D) plus the sinusoids of places start, start + 1, …, if the model has them."""
         if self.position != "sinusoids":
             return x
         return x + sinusoids(start, x.shape[1], x.shape[2], x.dtype, x.device)
@@ -370,9 +375,9 @@ class Transformer(nn.Module):
 
 
 def whole_step(model: Transformer, memory: Tensor, mask: Tensor | None = None) -> Callable:
-    """step(tokens (B, T)) -> logits (B, V) of what comes next, from all tokens each time.
+    """A `step` for interview.decoding that reads all tokens each time: (B, T) -> (B, V).
 
-    For `interview.decoding`. A memory of one row serves every row of the tokens.
+    Its logits are of what comes next. A memory of one row serves every row of the tokens.
     """
 
     def step(tokens: Tensor) -> Tensor:
@@ -386,7 +391,7 @@ def whole_step(model: Transformer, memory: Tensor, mask: Tensor | None = None) -
 def cached_step(
     model: Transformer, memory: Tensor, mask: Tensor | None = None, n_tokens: int = 64
 ) -> Callable:
-    """The same step, which computes new tokens alone; each call must continue the one before."""
+    """The same logits from the new tokens alone: each call must continue the one before."""
     caches = model.caches(len(memory), n_tokens, memory.shape[1])
 
     def step(tokens: Tensor) -> Tensor:
@@ -565,8 +570,9 @@ class Recipe:
     deform: float = 0.8
     # how often a run is judged and saved on its way
     n_logs: int = 25
-    # strips that it is judged on: on its way, and at the end
+    # validation strips that judge it on its way, and on which attention is measured at the end
     n_judged: int = 1000
+    # strips, of validation and of test images alike, that are read at the end
     n_measured: int = 5000
     # of weights, strips and deformation; never of the strips that it is judged on
     seed: int = 0
@@ -579,14 +585,11 @@ RECIPES = {
     "pre-norm, relative": Recipe(position="relative"),
 }
 MAIN = "pre-norm, sinusoids"  # whose tables are shown in full
-BEAM_WIDTH = 4  # of the beam
+BEAM_WIDTH = 4
 
 
 def recipes(smoke: bool) -> dict[str, Recipe]:
-    """The recipes by name; smoke: the same with few strips and steps, to see that all of it runs.
-
-    With smoke the network is smaller too.
-    """
+    """The recipes by name; for smoke with few strips and steps and small networks."""
     if not smoke:
         return RECIPES
     few = {"batch_size": 8, "n_steps": 4, "n_logs": 2, "n_judged": 10, "n_measured": 20}
@@ -637,14 +640,16 @@ def train(
             losses = []
             if checkpoint is not None:
                 training.save_checkpoint(checkpoint, recipe, step, history, **parts)
-            words = (
-                f"loss {row['objective']:.3f}, {100 * row['val_accuracy']:.1f} % of strips right"
-            )
-            where = f"{name}: step {step} of {recipe.n_steps}, {row['seconds'] / 60:.1f} min"
-            print(f"  {where}, {words}", flush=True)
+            print(progress(name, recipe, row), flush=True)
             if stage1_mlp.status(history) == "diverged":
                 break
     return model, history
+
+
+def progress(name: str, recipe: Recipe, row: dict) -> str:
+    where = f"  {name}: step {row['step']} of {recipe.n_steps}, {row['seconds'] / 60:.1f} min"
+    right = f"{100 * row['val_accuracy']:.1f} % of strips right"
+    return f"{where}, loss {row['objective']:.3f}, {right}"
 
 
 def loss_of(model: StripReader, strips: Strips, label_smoothing: float) -> Tensor:
@@ -689,9 +694,6 @@ def judge(model: StripReader, strips: Strips) -> dict:
     n_strips = len(strips.lengths)
     loss = torch.stack(losses).sum().item() / n_strips
     return {"val_loss": loss, "val_accuracy": torch.cat(is_right).float().mean().item()}
-
-
-# ---- Checkpoints ----------------------------------------------------------------------------
 
 
 # ---- What is measured of a trained reader ---------------------------------------------------
@@ -787,7 +789,10 @@ def by_beam(model: StripReader, strips: Strips) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def cross_attention(model: StripReader, strips: Strips) -> Tensor:
-    """Where the decoder looks when it writes each right digit and the end: (L, B, H, N + 1, S)."""
+    """Weights (L, B, H, N + 1, S): where each layer looks as it is asked for a digit or the end.
+
+    By teacher forcing: before each of them the model has read the right ones.
+    """
     model.eval()
     inputs, _ = teacher_forced(strips.numbers)
     memory, mask = model.encode(strips.images, strips.widths)
@@ -918,22 +923,23 @@ def train_missing(
     for tables, weights in training.in_parallel(execute, calls, workers):
         row = tables["transformer_runs"][0]
         name = row["value"]
-        recipe = replace(wanted[name], seed=row["seed"])
         if row["seed"] == 0:
-            found = {"recipe": training.recipe_columns(recipe), "weights": weights}
-            with metrics.written_aside(file_of(out, name, ".pt")) as aside:
-                torch.save(found, aside)
+            save_reader(file_of(out, name, ".pt"), wanted[name], weights)
         metrics.replace_rows(out, tables, order_of_rows())
         file_of(checkpoints, f"{name}, {row['seed']}", ".pt").unlink(missing_ok=True)
+        found = f"{100 * row['val_accuracy']:.2f} % of validation strips right"
         words = f"{name}, seed {row['seed']}: {row['seconds'] / 60:.1f} minutes"
-        print(
-            f"saved: {words}, {100 * row['val_accuracy']:.2f} % of validation strips right",
-            flush=True,
-        )
+        print(f"saved: {words}, {found}", flush=True)
 
 
 def order_of_rows() -> list[tuple[str, str]]:
     return [("strips", name) for name in RECIPES]
+
+
+def save_reader(path: Path, recipe: Recipe, weights: dict[str, Tensor]) -> None:
+    found = {"recipe": training.recipe_columns(recipe), "weights": weights}
+    with metrics.written_aside(path) as aside:
+        torch.save(found, aside)
 
 
 def load_reader(path: Path, recipe: Recipe) -> StripReader:
@@ -1164,13 +1170,13 @@ def main(
         data_dir: the folder that holds MNIST/raw.
         checkpoints: the folder for what a run needs to go on if it is stopped.
     """
-    print("A transformer reads strips of MNIST digits (读手写数字串): a minute from what is saved;")
+    print("A transformer reads strips of MNIST digits (识别数字串): a minute from what is saved;")
     print("--train takes minutes on a GPU and hours without, --evaluate 15 minutes without")
     torch.set_num_threads(1)
     wanted = recipes(smoke)
     try:
         check_whole(seeds=seeds, workers=workers)
-        if smoke and out == FIGURES:
+        if smoke and out.resolve() == FIGURES:
             raise ValueError("--smoke would overwrite the saved tables: give it a folder by --out")
         with stage1_mlp.claimed(out):
             if train:

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -637,9 +638,11 @@ def test_a_small_training_saves_rows_weights_tables_and_pictures(tmp_path, capsy
     assert "holds another recipe's network" in capsys.readouterr().err
 
 
-def test_a_small_training_does_not_touch_the_saved_tables(capsys):
-    assert transformer.main(train=True, smoke=True) == 1
-    assert "--smoke would overwrite the saved tables" in capsys.readouterr().err
+def test_a_small_training_does_not_touch_the_saved_tables(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for options in ({}, {"out": Path("figures/interview")}):
+        assert transformer.main(train=True, smoke=True, **options) == 1
+        assert "--smoke would overwrite the saved tables" in capsys.readouterr().err
 
 
 def test_numbers_of_runs_and_workers_are_checked(tmp_path, capsys):
