@@ -1,14 +1,13 @@
 """Diffusion by hand: DDPM, DDIM, guidance and the U-Net (手撕扩散模型与 U-Net).
 
     python -m interview.diffusion               ten digits from the weights, and the tables: 1 min
-    python -m interview.diffusion --train --threads 2
-                                                trains first what is not saved yet: about 2.5 hours
-                                                on two idle cores, in as many starts as you like, or
-                                                4 minutes on a large GPU (--workers 5)
-    python -m interview.diffusion --evaluate    measures the digits: 40 minutes on one core, a
-                                                minute and a half on a large GPU, where it draws
-                                                four times as many
+    python -m interview.diffusion --train       trains first what is not saved yet
+    python -m interview.diffusion --evaluate    measures the digits that the network draws
     python -m interview.diffusion --out DIR     the same into and from DIR
+
+What is committed was trained and measured on an NVIDIA H100: 4 minutes with --workers 5, and a
+minute and a half. Two idle cores need hours for the training (--threads 2), in as many starts as
+you like, and one core most of an hour for a quarter of the digits.
 
 Read `add_noise`, `noise_loss` and `ddim_step` first: they are the whole idea. Then `UNet.forward`.
 Axis letters in shape comments: B batch, C channels, H × W pixels, D condition. Times are those of
@@ -18,7 +17,7 @@ the paper: x_0 is the image, x_T noise, T = 1,000, and tables of the schedule be
    Asked     "Write the forward process of DDPM. Why can any x_t be drawn in one step?"
              「手写 DDPM 的前向过程。为什么可以一步得到任意时刻的 x_t？」
    Idea      Shrink the image a little and add a little noise, T times:
-             x_t = √(1 − β_t) x_{t−1} + √β_t ε. Sums of normal numbers are normal, so
+             x_t = √(1 − β_t) x_{t−1} + √β_t ε. Independent normal numbers add up to one, so
              x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε  with  ᾱ_t = Π_{s ≤ t} (1 − β_s).
    Cost      O(pixels), whatever t is. Step by step it would be t times that.
    追问      Why the √(1 − β)? It keeps a variance of 1 at 1. What must ᾱ_T be? Nearly 0: sampling
@@ -31,7 +30,7 @@ the paper: x_0 is the image, x_T noise, T = 1,000, and tables of the schedule be
    Asked     "What does the network predict, and what is the loss?"
              「网络预测什么？损失是什么？」
    Idea      Draw an image, a time and noise; predict the noise: L = ‖ε − ε_θ(x_t, t)‖². It is the
-             variational bound with the weights of its terms left out.
+             variational bound (变分下界) with the weights of its terms left out.
    Cost      One pass of the network a batch; no sampling in training.
    追问      Why the noise and not x_0? Each follows from the other and x_t; the choice weighs the
              times differently. What is the best possible prediction? The mean of ε given x_t.
@@ -44,7 +43,7 @@ the paper: x_0 is the image, x_T noise, T = 1,000, and tables of the schedule be
              「手写 DDPM 与 DDIM 采样。DDIM 为什么可以跳步？」
    Idea      The noise tells x_0: x̂_0 = (x_t − √(1 − ᾱ_t) ε_θ) / √ᾱ_t. DDPM draws x_{t−1} from
              q(x_{t−1} | x_t, x̂_0). DDIM goes from t to any s < t:
-             x_s = √ᾱ_s x̂_0 + √(1 − ᾱ_s − σ²) ε_θ + σ z,
+             x_s = √ᾱ_s x̂_0 + √(1 − ᾱ_s − σ²) ε_θ + σ z  with
              σ² = η² (1 − ᾱ_s)/(1 − ᾱ_t) · (1 − ᾱ_t/ᾱ_s). The loss knows only q(x_t | x_0), and
              that is the same for every η, so one network serves all of them.
    Cost      One pass of the network a step, two with guidance.
@@ -73,7 +72,8 @@ the paper: x_0 is the image, x_T noise, T = 1,000, and tables of the schedule be
              x ── block ─────────────────────── concat ── block ── out      28 × 28
                     └ shrink ── block ── concat ── block ── enlarge ┘       14 × 14
                                   └ shrink ─ blocks ─ enlarge ┘              7 × 7
-   Cost      Half of the time goes into the largest maps, most weights into the smallest.
+   Cost      Sides halve and channels double: every level takes about as many multiplications,
+             but the largest maps take most of the memory, the smallest most of the weights.
    追问      Concatenate or add? Adding saves channels, concatenating lets the next layer choose.
              Where does the time enter? In each block, a number for each channel. Where attention?
              On the smallest map: it costs (H·W)². Odd sizes? Pad: here they are refused.
@@ -167,7 +167,7 @@ def add_noise(x_0: Tensor, t: Tensor, noise: Tensor, alpha_bars: Tensor) -> Tens
 
 
 def noise_loss(predict: Callable, x_0: Tensor, t: Tensor, noise: Tensor, alpha_bars) -> Tensor:
-    """Mean squared error of the predicted noise; predict(x_t, t) -> noise (B, …)."""
+    """Mean squared error of the predicted noise, a number; predict(x_t, t) -> noise (B, …)."""
     x_t = add_noise(x_0, t, noise, alpha_bars)
     return (predict(x_t, t).float() - noise).square().mean()
 
@@ -176,7 +176,7 @@ def noise_loss(predict: Callable, x_0: Tensor, t: Tensor, noise: Tensor, alpha_b
 
 
 def clean_image(x_t: Tensor, noise: Tensor, alpha_bar: float, clip: bool = False) -> Tensor:
-    """The x_0 from which this noise leads to x_t; with clip, no pixel leaves −1 … 1."""
+    """The x_0 (B, …) from which this noise leads to x_t; with clip, no pixel leaves −1 … 1."""
     x_0 = (x_t - math.sqrt(1 - alpha_bar) * noise) / math.sqrt(alpha_bar)
     return x_0.clamp(-1, 1) if clip else x_0
 
@@ -198,7 +198,7 @@ def posterior(x_t: Tensor, x_0: Tensor, t: int, schedule: Schedule) -> tuple[Ten
 def ddpm_step(
     x_t: Tensor, noise: Tensor, t: int, schedule: Schedule, z: Tensor, clip: bool = False
 ) -> Tensor:
-    """x_{t−1} from x_t, its predicted noise and fresh noise z."""
+    """x_{t−1} from x_t, its predicted noise and fresh noise z, all (B, …)."""
     x_0 = clean_image(x_t, noise, schedule.alpha_bars[t].item(), clip)
     mean, variance = posterior(x_t, x_0, t, schedule)
     return mean + math.sqrt(variance) * z
@@ -213,7 +213,10 @@ def ddim_step(
     z: Tensor | float = 0.0,
     clip: bool = False,
 ) -> Tensor:
-    """x_s from x_t, for any s < t with ᾱ_s = alpha_bar_next (Song 2021, eq. 12 and 16)."""
+    """x_s from x_t and its predicted noise, both (B, …), for any s < t (Song 2021, eq. 12, 16).
+
+    alpha_bar is ᾱ_t, alpha_bar_next ᾱ_s. z is fresh noise, which is used only if eta > 0.
+    """
     if not 0 < alpha_bar < alpha_bar_next <= 1 or not 0 <= eta <= 1:
         wanted = "0 < alpha_bar < alpha_bar_next <= 1 and an eta of 0 … 1 expected"
         raise ValueError(f"{wanted}, not {alpha_bar=}, {alpha_bar_next=} and {eta=}")
@@ -320,7 +323,8 @@ def guided(model: "UNet", labels: Tensor, weight: float) -> Callable:
 def time_embedding(t: Tensor, d: int) -> Tensor:
     """Times (B,) as waves of d / 2 frequencies: (B, d), sines and cosines in turn (时间编码).
 
-    Wave i is t / 10,000^(2i / d), as for positions in a transformer: 1 … 10,000 in d / 2 scales.
+    Wave i has the angle t / 10,000^(2i / d), as for positions in a transformer: the first turns
+    fastest.
     """
     if d < 2 or d % 2:
         raise ValueError(f"d must be an even number of at least 2, not {d}")
@@ -627,7 +631,7 @@ class Run(NamedTuple):
         return {"experiment": self.experiment, "value": self.value, "seed": self.recipe.seed}
 
 
-# sized for two cores: half of the work is in the maps of 28 × 28, so these have few channels
+# sized for two cores: few channels for the maps of 28 × 28, since each costs 784 places
 DIGITS = Recipe("digits", (24, 48, 96), n_heads=4, n_steps=6000, ema=0.999, n_rounds=30)
 SHORT = {"batch_size": 32, "n_rounds": 10, "n_judged": 500}
 SEGMENTERS = {
@@ -984,6 +988,12 @@ def first_of_each_class(split: Split, n: int) -> Split:
     return Split(split.images[chosen], split.labels[chosen])
 
 
+def cnn_file(out: Path) -> Path:
+    """The weights of the CNN that reads the digits: those in `out`, else the committed ones."""
+    own = convolution.file_of(out, "cnn", "MNIST", ".pt")
+    return own if own.exists() else convolution.file_of(FIGURES, "cnn", "MNIST", ".pt")
+
+
 def load_cnn(path: Path, device: str) -> convolution.CNN:
     """The CNN that reads the digits; ValueError says how to get it."""
     if not path.exists():
@@ -1009,14 +1019,14 @@ def measures(digits: Split, cnn: convolution.CNN, reference: Tensor) -> dict[str
 
 
 def evaluate_all(
-    out: Path, data_dir: Path, cnn_file: Path, device: str, fresh: bool, smoke: bool
+    out: Path, data_dir: Path, cnn_path: Path, device: str, fresh: bool, smoke: bool
 ) -> None:
     """Draw digits in every setting, and measure each beside real ones: diffusion_samples.csv.
 
     The reference are all validation images; real test images, as many, say what is possible. A row
     is saved at once, and not measured again for the same weights; with fresh all are.
     """
-    cnn = load_cnn(cnn_file, device)
+    cnn = load_cnn(cnn_path, device)
     torch.set_float32_matmul_precision("high")
     data = load_digits(data_dir, device)
     path = weights_file(out, all_runs()[0])
@@ -1083,8 +1093,8 @@ def samples_table(rows: pd.DataFrame) -> str:
         frechet = row["frechet"]
         line["Fréchet distance"] = "–" if math.isnan(frechet) else f"{frechet:.3f}"
         line["diversity"] = f"{row['diversity']:.2f}"
-        seconds = f"{row['seconds'] / row['n']:.3f}"
-        line["seconds a digit"] = seconds if row["experiment"] == "drawn" else "–"
+        milliseconds = f"{1000 * row['seconds'] / row['n']:.2f}"
+        line["ms a digit"] = milliseconds if row["experiment"] == "drawn" else "–"
         lines.append(line | {"n": str(row["n"])})
     return metrics.markdown(lines)
 
@@ -1118,7 +1128,7 @@ def draw_image(axes, image: Tensor, title: str = "") -> None:
 
 def draw_drawn(path: Path, drawn: dict[str, Tensor]) -> None:
     """A row of digits for each setting {name: (N, 28, 28)}, pixels of 0 … 255."""
-    title = "Digits from noise: in every row the same noise and the same labels 0 … 9"
+    title = "Digits from noise: the same first noise and the same labels in every row (w: guidance)"
     size = {"width": 12, "height": 0.72 * len(drawn) + 0.8, "squeeze": False}
     with metrics.picture(path, title, len(drawn), 1, **size) as panels:
         for axes, (name, images) in zip(panels[:, 0], drawn.items(), strict=True):
@@ -1162,9 +1172,9 @@ def draw_way(path: Path, model: UNet, digits: Split) -> Tensor:
 
 
 MEASURED = {  # column of diffusion_samples.csv: its name and unit
-    "read_as_asked": "read as asked (%)",
+    "read_as_asked": "read as asked (%,\nhigher is better)",
     "frechet": "Fréchet distance\n(log scale, lower is better)",
-    "diversity": "distance between two\ndigits of a class",
+    "diversity": "distance between two digits\nof a class (higher: more varied)",
 }
 
 
@@ -1190,8 +1200,8 @@ def draw_samples(path: Path, rows: pd.DataFrame) -> None:
             below.plot(ddpm["n_steps"], ddpm[score], **point)
             metrics.log_scale(below.xaxis, rows["n_steps"])
             below.set_xticks([5, 10, 20, 50, 1000])
-            above.set(xlabel="guidance w", ylabel=label, title=f"{N_STEPS} steps")
-            below.set(xlabel="steps (log scale)", ylabel=label, title=f"w = {GUIDANCE:g}")
+            above.set(xlabel="guidance w", ylabel=label, title=f"DDIM, {N_STEPS} steps")
+            below.set(xlabel="steps (log scale)", ylabel=label, title=f"guidance w = {GUIDANCE:g}")
             for axes in (above, below):
                 axes.axhline(real[score], color="0.4", linestyle=":", label="real test digits")
                 if score == "frechet":
@@ -1210,7 +1220,7 @@ def draw_history(path: Path, history: pd.DataFrame) -> None:
         ):
             left.plot(digits["step"], digits[column], color=color, label=name)
         metrics.log_scale(left.yaxis, digits["train_loss"])
-        left.set(xlabel="training step", ylabel="error of the predicted noise (log scale)")
+        left.set(xlabel="training step", ylabel="squared error of the noise (log scale)")
         left.legend()
         scenes = history[history["experiment"] == "segmentation"]
         colors = metrics.colors_of(list(SEGMENTERS), ordered=False)
@@ -1315,20 +1325,21 @@ def main(
         evaluate: measure what the table does not hold of these weights; goes on where it stopped.
         fresh: with evaluate, measure all again.
         workers: runs that are trained at the same time.
-        threads: of each run; more than 1 helps only where cores are idle.
+        threads: of each run on a CPU; more than 1 helps only where cores are idle.
         smoke: tiny networks and few images, to see that everything runs.
         device: what trains and measures; auto takes a GPU if there is one. Pictures take the CPU.
         out: the folder that tables, pictures and weights go to and are read from.
-        cnn: weights of convolution.py's network for MNIST; if not named, those in `out`.
+        cnn: weights of convolution.py's network for MNIST, which reads the digits; if not named,
+            those in `out`, else the committed ones.
         checkpoints: the folder for what an unfinished run needs to go on.
         data_dir: the folder that holds MNIST/raw.
     """
     print("Diffusion (扩散模型): digits from noise, and a U-Net that finds digits in clutter; a")
-    print("minute from what is saved; --train takes about 2.5 hours on two cores, --evaluate 40")
-    print("minutes on one")
+    print("minute from what is saved; --train and --evaluate take minutes on a GPU, hours on a CPU")
     torch.set_num_threads(1)
     weights = weights_file(out, all_runs()[0])
     try:
+        check_whole(workers=workers, threads=threads)
         if smoke and out == FIGURES:
             raise ValueError(f"--smoke would write over {out}: name another folder by --out")
         with stage1_mlp.claimed(out):
@@ -1339,8 +1350,7 @@ def main(
                 print("\nNo trained network yet: python -m interview.diffusion --train")
                 return 0
             if evaluate:
-                cnn_file = cnn or convolution.file_of(out, "cnn", "MNIST", ".pt")
-                evaluate_all(out, data_dir, cnn_file, device, fresh, smoke)
+                evaluate_all(out, data_dir, cnn or cnn_file(out), device, fresh, smoke)
             show(out, data_dir)
     except (stage1_mlp.DataError, ValueError, OSError) as error:
         print(f"interview.diffusion: {error}", file=sys.stderr)

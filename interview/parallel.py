@@ -10,8 +10,9 @@ On several machines (多机多卡) the same line is started on each, here on two
         --rdzv-endpoint=first-machine:29500 -m interview.parallel
 
 Read `ring_all_reduce` first, then `DataParallel.step` and `Zero1.update`: two halves of one ring.
-nccl carries the numbers where every rank has a GPU of its own, else gloo on the CPU. Two ranks on
-two cores show that the results are right. They show nothing about speed: no time here is a claim.
+nccl carries the numbers where every rank has a GPU of its own, else gloo on the CPU. Over gloo two
+and three ranks were run, over nccl one rank only: two over nccl never were. Two ranks on two cores
+show that the results are right. They show nothing about speed: no time here is a claim.
 Letters: p ranks (进程), N parameters, B images in a batch, m micro-batches, D features.
 
 What a rank holds of N parameters with Adam, and the numbers it sends in a step:
@@ -45,7 +46,7 @@ What a rank holds of N parameters with Adam, and the numbers it sends in a step:
              travel while earlier layers still go backward. Nothing differs from one large batch?
              Batch norm (each rank its own statistics) and dropout do. Gradient accumulation? No
              all-reduce before the last part (no_sync). Learning rate? The batch is p times as
-             large; so often is the rate, after a warm-up.
+             large; so often is the rate with SGD (with Adam rather √p), after a warm-up.
    Mistakes  The mean of means where parts differ in size. Other initial weights on each rank: DDP
              sends rank 0's. The same images on every rank (DistributedSampler without set_epoch).
 
@@ -1083,7 +1084,8 @@ def main(
         steps: of each training.
         batch_size: images in a step, over all ranks together.
         micro_batches: parts of a batch in the pipeline.
-        device: cuda is one GPU a rank, by nccl; auto takes it where there are enough.
+        device: cuda is one GPU a rank, by nccl (run with one rank so far); auto takes it where
+            there are enough.
         out: the folder that tables and pictures go to and are read from.
         data_dir: the folder that holds MNIST/raw.
     """

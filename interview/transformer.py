@@ -836,8 +836,8 @@ def measure(name: str, model: StripReader, recipe: Recipe, data: Data) -> dict[s
     tables = {"transformer_lengths": measure_lengths(model, recipe.n_measured, data)}
     if name == MAIN and recipe.seed == 0:
         tables["transformer_attention"] = measure_attention(model, recipe.n_judged, data)
-        n_beams = math.ceil(recipe.n_measured / 5)  # one strip at a time takes long
-        tables["transformer_beams"] = measure_beams(model, n_beams, data)
+        n_strips = math.ceil(recipe.n_measured / 5)  # beam search reads one at a time: slow
+        tables["transformer_beams"] = measure_beams(model, n_strips, data)
     return {table: [key | row | origin for row in rows] for table, rows in tables.items()}
 
 
