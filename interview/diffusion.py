@@ -897,9 +897,12 @@ N_FRECHET = 500  # digits that a Fréchet distance takes: few would look worse t
 class Setting(NamedTuple):
     """How digits are drawn."""
 
-    sampler: Literal["DDIM", "DDPM"]
+    sampler: Literal["DDIM", "DDPM", ""]
     n_steps: int
     guidance: float
+
+
+REAL = Setting("", 0, 0.0)  # test images, which are measured beside what is drawn
 
 
 def all_settings() -> list[Setting]:
@@ -907,6 +910,13 @@ def all_settings() -> list[Setting]:
     settings = [Setting("DDIM", N_STEPS, weight) for weight in GUIDANCES]
     settings += [Setting("DDIM", n_steps, GUIDANCE) for n_steps in STEPS if n_steps != N_STEPS]
     return [*settings, Setting("DDPM", 1000, GUIDANCE)]
+
+
+def name_of(setting: Setting) -> str:
+    """Such as "DDIM, 50 steps, w = 2"."""
+    if setting == REAL:
+        return "test images"
+    return f"{setting.sampler}, {setting.n_steps} steps, w = {setting.guidance:g}"
 
 
 def draw_digits(
@@ -1019,14 +1029,13 @@ def measures(digits: Split, cnn: convolution.CNN, reference: Tensor) -> dict[str
 
 
 def evaluate_all(
-    out: Path, data_dir: Path, cnn_path: Path, device: str, fresh: bool, smoke: bool
+    out: Path, data_dir: Path, cnn: convolution.CNN, device: str, fresh: bool, smoke: bool
 ) -> None:
     """Draw digits in every setting, and measure each beside real ones: diffusion_samples.csv.
 
     The reference are all validation images; real test images, as many, say what is possible. A row
     is saved at once, and not measured again for the same weights; with fresh all are.
     """
-    cnn = load_cnn(cnn_path, device)
     torch.set_float32_matmul_precision("high")
     data = load_digits(data_dir, device)
     path = weights_file(out, all_runs()[0])
@@ -1050,27 +1059,23 @@ def evaluate_all(
     # on a CPU the processor's time, so that what else the machine does hardly matters
     clock = time.process_time if device == "cpu" else time.perf_counter
     reference, _ = features_of(cnn, data.val.images)
-    order = [("real", "test images"), *(("drawn", name_of(setting)) for setting in settings)]
+    order = [("real", name_of(REAL)), *(("drawn", name_of(setting)) for setting in settings)]
     print(f"\nmeasuring {len(settings)} settings on {device}", flush=True)
-    for setting in [None, *settings]:  # None: real digits
-        n = n_drawn_ddpm if setting and setting.sampler == "DDPM" else n_drawn
-        key = {"seed": 0, "weights": weights}
-        if setting is None:
-            key = {"experiment": "real", "value": "test images"} | key
-            columns = {"sampler": "", "n_steps": 0, "guidance": 0.0}
-        else:
-            key = {"experiment": "drawn", "value": name_of(setting)} | key
-            columns = setting._asdict()
+    for setting in (REAL, *settings):
+        n = n_drawn_ddpm if setting.sampler == "DDPM" else n_drawn
+        key = {"experiment": "real" if setting == REAL else "drawn", "value": name_of(setting)}
+        key |= {"seed": 0, "weights": weights}
         if training.has_row(table, key):
             continue
         start = clock()
-        if setting is None:
+        if setting == REAL:
             digits = first_of_each_class(data.test, n)
         else:
             labels = torch.arange(n, device=device) % N_CLASSES
             at_once = 1000 if device == "cuda" else 50
             digits = Split(draw_digits(model, labels, setting, 0, schedule, at_once), labels)
-        row = key | {"n": n} | columns | measures(digits, cnn, reference)  # waits for the GPU
+        row = key | {"n": n} | setting._asdict()
+        row |= measures(digits, cnn, reference)  # waits for the GPU
         row |= {"seconds": clock() - start, "clock": clock.__name__} | origin
         drawn[key["value"]] = (255 * digits.images[:20]).round().byte().cpu()
         with metrics.written_aside(pictures) as aside:
@@ -1078,11 +1083,6 @@ def evaluate_all(
         metrics.replace_rows(out, {table.stem: [row]}, order)
         words = f"{100 * row['read_as_asked']:.1f} % read as asked, {row['seconds']:.1f} s"
         print(f"  saved: {key['value']}, {words}", flush=True)
-
-
-def name_of(setting: Setting) -> str:
-    """Such as "DDIM, 50 steps, w = 2"."""
-    return f"{setting.sampler}, {setting.n_steps} steps, w = {setting.guidance:g}"
 
 
 def samples_table(rows: pd.DataFrame) -> str:
@@ -1344,13 +1344,15 @@ def main(
             raise ValueError(f"--smoke would write over {out}: name another folder by --out")
         with stage1_mlp.claimed(out):
             device = stage1_mlp.device_of(cuda_or_cpu(device))
+            if evaluate:  # before hours of training: a missing file is said at once
+                reader = load_cnn(cnn or cnn_file(out), device)
             if train:
                 train_missing(out, data_dir, workers, threads, device, checkpoints, smoke)
             if not weights.exists():
                 print("\nNo trained network yet: python -m interview.diffusion --train")
                 return 0
             if evaluate:
-                evaluate_all(out, data_dir, cnn or cnn_file(out), device, fresh, smoke)
+                evaluate_all(out, data_dir, reader, device, fresh, smoke)
             show(out, data_dir)
     except (stage1_mlp.DataError, ValueError, OSError) as error:
         print(f"interview.diffusion: {error}", file=sys.stderr)

@@ -654,3 +654,23 @@ def test_what_is_missing_is_said_in_a_line(tmp_path, capsys):
         diffusion.load_cnn(tmp_path / "cnn.pt", "cpu")
     assert diffusion.main(smoke=True, device="cpu") == 1
     assert "name another folder by --out" in capsys.readouterr().err
+    assert diffusion.main(workers=0, out=tmp_path, device="cpu") == 1
+    assert "workers must be a whole number of at least 1, not 0" in capsys.readouterr().err
+
+
+def test_digits_are_read_by_the_folders_own_cnn_or_the_committed_one(tmp_path):
+    committed = diffusion.cnn_file(tmp_path)
+    assert committed.parent == diffusion.FIGURES
+    assert committed.exists()
+    own = tmp_path / committed.name
+    own.touch()
+    assert diffusion.cnn_file(tmp_path) == own
+
+
+def test_the_table_counts_milliseconds_of_digits_that_were_drawn():
+    row = {"value": "test images", "experiment": "real", "seconds": 1.0, "n": 500}
+    row |= {"read_as_asked": 0.99, "frechet": 0.1, "diversity": 8.0}
+    rows = pd.DataFrame([row, row | {"value": "DDIM", "experiment": "drawn", "seconds": 0.21}])
+    real, drawn = diffusion.samples_table(rows).splitlines()[-2:]
+    assert "0.42" in drawn
+    assert " – " in real
