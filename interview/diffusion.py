@@ -1128,7 +1128,7 @@ def draw_image(axes, image: Tensor, title: str = "") -> None:
 
 def draw_drawn(path: Path, drawn: dict[str, Tensor]) -> None:
     """A row of digits for each setting {name: (N, 28, 28)}, pixels of 0 … 255."""
-    title = "Digits from noise: the same first noise and the same labels in every row (w: guidance)"
+    title = "Real digits, and below them digits that all begin with the same noise (w: guidance)"
     size = {"width": 12, "height": 0.72 * len(drawn) + 0.8, "squeeze": False}
     with metrics.picture(path, title, len(drawn), 1, **size) as panels:
         for axes, (name, images) in zip(panels[:, 0], drawn.items(), strict=True):
