@@ -1340,7 +1340,7 @@ def main(
     weights = weights_file(out, all_runs()[0])
     try:
         check_whole(workers=workers, threads=threads)
-        if smoke and out == FIGURES:
+        if smoke and out.resolve() == FIGURES:
             raise ValueError(f"--smoke would write over {out}: name another folder by --out")
         with stage1_mlp.claimed(out):
             device = stage1_mlp.device_of(cuda_or_cpu(device))
