@@ -497,6 +497,12 @@ def file_of(out: Path, kind: str, dataset: str, suffix: str) -> Path:
     return out / f"convolution_{kind}_{dataset.lower().replace('-', '_')}{suffix}"
 
 
+def reader_of(out: Path) -> Path:
+    """Weights of the CNN that reads what gpt and diffusion draw: in `out`, else the committed."""
+    own = file_of(out, "cnn", "MNIST", ".pt")
+    return own if own.exists() else file_of(FIGURES, "cnn", "MNIST", ".pt")
+
+
 def load_cnn(path: Path) -> CNN:
     """The network of saved weights, ready to read images."""
     model = CNN()

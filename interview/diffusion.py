@@ -998,12 +998,6 @@ def first_of_each_class(split: Split, n: int) -> Split:
     return Split(split.images[chosen], split.labels[chosen])
 
 
-def cnn_file(out: Path) -> Path:
-    """The weights of the CNN that reads the digits: those in `out`, else the committed ones."""
-    own = convolution.file_of(out, "cnn", "MNIST", ".pt")
-    return own if own.exists() else convolution.file_of(FIGURES, "cnn", "MNIST", ".pt")
-
-
 def load_cnn(path: Path, device: str) -> convolution.CNN:
     """The CNN that reads the digits; ValueError says how to get it."""
     if not path.exists():
@@ -1345,7 +1339,7 @@ def main(
         with stage1_mlp.claimed(out):
             device = stage1_mlp.device_of(cuda_or_cpu(device))
             if evaluate:  # before hours of training: a missing file is said at once
-                reader = load_cnn(cnn or cnn_file(out), device)
+                reader = load_cnn(cnn or convolution.reader_of(out), device)
             if train:
                 train_missing(out, data_dir, workers, threads, device, checkpoints, smoke)
             if not weights.exists():

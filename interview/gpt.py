@@ -88,7 +88,7 @@ from torch import Tensor, nn
 import metrics
 import stage1_mlp
 from interview import check_whole, cuda_or_cpu, decoding, training
-from interview.convolution import InParts, file_of, load_cnn
+from interview.convolution import InParts, load_cnn, reader_of
 from interview.layers import RMSNorm, SwiGLU, log_softmax
 from stage1_mlp import Split
 from stage3_attention import GroupedQueryAttention, KVCache, unchanged_if_it_fails
@@ -1117,7 +1117,8 @@ def main(
         smoke: tiny networks and few images, to see that everything runs.
         device: what trains and measures; auto takes a GPU if there is one.
         out: the folder that tables, pictures and weights go to and are read from.
-        cnn: weights of convolution.py's network for MNIST; if not named, those in `out`.
+        cnn: weights of convolution.py's network for MNIST, which reads the digits; if not named,
+            those in `out`, else the committed ones.
         checkpoints: the folder for what an unfinished run needs to go on.
         data_dir: the folder that holds MNIST/raw.
     """
@@ -1138,7 +1139,7 @@ def main(
                 print("\nNo trained network yet: python -m interview.gpt --train")
                 return 0
             if evaluate:
-                cnn_path = cnn or file_of(out, "cnn", "MNIST", ".pt")
+                cnn_path = cnn or reader_of(out)
                 evaluate_all(out, data_dir, cnn_path, device, fresh, smoke)
             model = load_weights(weights)
             print("\nFive digits, written now at temperature 1:")

@@ -659,12 +659,12 @@ def test_what_is_missing_is_said_in_a_line(tmp_path, capsys):
 
 
 def test_digits_are_read_by_the_folders_own_cnn_or_the_committed_one(tmp_path):
-    committed = diffusion.cnn_file(tmp_path)
+    committed = convolution.reader_of(tmp_path)
     assert committed.parent == diffusion.FIGURES
     assert committed.exists()
     own = tmp_path / committed.name
     own.touch()
-    assert diffusion.cnn_file(tmp_path) == own
+    assert convolution.reader_of(tmp_path) == own
 
 
 def test_the_table_counts_milliseconds_of_digits_that_were_drawn():

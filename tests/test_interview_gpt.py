@@ -274,7 +274,8 @@ def test_the_program_trains_measures_and_shows(raw, tmp_path, capsys, monkeypatc
     places = {"out": tmp_path / "out", "checkpoints": tmp_path / "checkpoints", "device": "cpu"}
     assert gpt.main(**places) == 0
     assert "python -m interview.gpt --train" in capsys.readouterr().out
-    assert gpt.main(train=True, evaluate=True, smoke=True, **places) == 0
+    nobody = places["out"] / "none.pt"
+    assert gpt.main(train=True, evaluate=True, smoke=True, cnn=nobody, **places) == 0
     printed = capsys.readouterr().out
     assert "0 of 3 runs found, 3 to do" in printed
     assert "no CNN at" in printed
@@ -291,7 +292,7 @@ def test_the_program_trains_measures_and_shows(raw, tmp_path, capsys, monkeypatc
     found = -gpt.log_likelihood(model, *judged).mean().item()
     assert rows["nats"].loc[1, "nats_given_class"] == pytest.approx(found, rel=1e-4)
     before = (out / "gpt_nats.csv").read_bytes()
-    gpt.evaluate_all(out, ROOT / "data", out / "none.pt", "cpu", smoke=True)
+    gpt.evaluate_all(out, ROOT / "data", nobody, "cpu", smoke=True)
     assert "saved:" not in capsys.readouterr().out
     assert (out / "gpt_nats.csv").read_bytes() == before
     digits = pd.read_csv(out / "gpt_digits.csv", dtype={"patches": str})
