@@ -1334,6 +1334,8 @@ def main(
     weights = weights_file(out, all_runs()[0])
     try:
         check_whole(workers=workers, threads=threads)
+        if fresh and not evaluate:
+            raise ValueError("--fresh measures all again: it needs --evaluate")
         if smoke and out.resolve() == FIGURES:
             raise ValueError(f"--smoke would write over {out}: name another folder by --out")
         with stage1_mlp.claimed(out):

@@ -2,9 +2,9 @@
 
     python -m interview.gpt                  digits and tables from what is saved, half a minute
     python -m interview.gpt --train          trains first what is not saved yet: minutes on a
-                                             large GPU (--workers 4), two days on a CPU core
-    python -m interview.gpt --evaluate       measures the tables: 25 minutes of one CPU core, or
-                                             what is left of them after a stop
+                                             large GPU (--workers 4), days on a CPU core
+    python -m interview.gpt --evaluate       measures the tables: minutes on a large GPU, an hour
+                                             or more on a CPU core; goes on where it was stopped
     python -m interview.gpt --out DIR        the same into and from DIR
     python -m interview.gpt --smoke ...      tiny networks and few images: does everything run?
 
@@ -1123,12 +1123,13 @@ def main(
         data_dir: the folder that holds MNIST/raw.
     """
     print("A GPT writes digits, patch by patch (逐块生成): half a minute from what is saved;")
-    print("--evaluate takes 25 minutes of one CPU core, --train two days of it, or minutes on a")
-    print("large GPU")
+    print("--evaluate and --train take minutes on a large GPU, hours and days on a CPU core")
     torch.set_num_threads(1)
     weights = out / "gpt_digits.pt"
     try:
         check_whole(workers=workers)
+        if fresh and not evaluate:
+            raise ValueError("--fresh measures all again: it needs --evaluate")
         if smoke and out.resolve() == FIGURES:
             raise ValueError(f"--smoke would write over {out}: name another folder by --out")
         with stage1_mlp.claimed(out):

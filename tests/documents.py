@@ -112,17 +112,18 @@ FUNCTIONS = {
 def rows_of(table: str, query: str) -> pd.DataFrame:
     """The rows of a table that a query chooses; ValueError if there is none."""
     rows = cached_table(FIGURES / table)
+    condition = query
     first, _, rest = query.partition(" and ")
     if query and not re.search('[=!<>]=|[<>"]', first):  # EXPERIMENT or EXPERIMENT = VALUE
         experiment, _, value = first.partition(" = ")
         rows = rows[rows["experiment"] == experiment]
         if value:
             rows = rows[rows["value"].astype(str) == value]
-        query = rest
-    if query:
-        rows = rows.query(query)
+        condition = rest
+    if condition:
+        rows = rows.query(condition)
     if rows.empty:
-        raise ValueError(f"no row of {table} is {first} {query}".rstrip())
+        raise ValueError(f"no row of {table} has {query}")
     return rows
 
 

@@ -4,6 +4,7 @@ import itertools
 import re
 
 import documents
+import pandas as pd
 import pytest
 from documents import ROOT
 from scipy import stats
@@ -102,6 +103,24 @@ def test_numbers_are_filled_in_with_sign_and_commas(rows):
     text += "?<!-- ; ; 784 * 128 --> weights, ?.?<!-- ; ; 1 - 3.55 -->"
     shown = documents.COMMENT.sub("", documents.filled(text))
     assert shown == f"+{gain:.2f} more; 100,352 weights, −2.5"
+
+
+@pytest.mark.parametrize(
+    "short, query",
+    [
+        ("baseline", 'experiment == "baseline"'),
+        ("depth = 2", 'experiment == "depth" and value == "2"'),
+        ("depth = 2 and seed == 1", 'experiment == "depth" and value == "2" and seed == 1'),
+        ("seed == 1 and experiment in ('depth', 'width')", 'seed == 1 and layers == "whole"'),
+    ],
+)
+def test_a_query_may_name_experiment_and_value(short, query, monkeypatch):
+    rows = pd.DataFrame({"experiment": ["baseline", "depth", "depth", "width", "depth"]})
+    rows["value"] = ["784-128", "2", "2", "2", "3"]
+    rows["seed"] = [0, 0, 1, 1, 1]
+    rows["layers"] = ["", "", "whole", "whole", "whole"]
+    monkeypatch.setattr(documents, "cached_table", lambda path: rows)
+    pd.testing.assert_frame_equal(documents.rows_of("any.csv", short), rows.query(query))
 
 
 @pytest.mark.parametrize(

@@ -656,6 +656,8 @@ def test_what_is_missing_is_said_in_a_line(tmp_path, capsys):
     assert "name another folder by --out" in capsys.readouterr().err
     assert diffusion.main(workers=0, out=tmp_path, device="cpu") == 1
     assert "workers must be a whole number of at least 1, not 0" in capsys.readouterr().err
+    assert diffusion.main(fresh=True, out=tmp_path, device="cpu") == 1
+    assert "--fresh measures all again: it needs --evaluate" in capsys.readouterr().err
 
 
 def test_digits_are_read_by_the_folders_own_cnn_or_the_committed_one(tmp_path):

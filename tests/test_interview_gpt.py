@@ -310,6 +310,8 @@ def test_a_smoke_run_does_not_write_over_the_figures(capsys, monkeypatch):
         assert "--smoke would write over" in capsys.readouterr().err
 
 
-def test_the_number_of_workers_is_checked(tmp_path, capsys):
+def test_flags_are_checked(tmp_path, capsys):
     assert gpt.main(train=True, workers=0, out=tmp_path) == 1
     assert "workers must be a whole number of at least 1, not 0" in capsys.readouterr().err
+    assert gpt.main(fresh=True, out=tmp_path) == 1
+    assert "--fresh measures all again: it needs --evaluate" in capsys.readouterr().err
