@@ -950,7 +950,7 @@ def draw_digits(path: Path, rows: pd.DataFrame, n_each: int = 1) -> None:
     strategies = list(dict.fromkeys(rows["value"]))
     title = "Digits as each strategy writes them, and real ones"
     height = 0.8 * len(strategies) + 0.8
-    with metrics.picture(path, title, len(strategies), width=10, height=height) as panels:
+    with metrics.picture(path, title, len(strategies), width=11.5, height=height) as panels:
         for axes, name in zip(panels, strategies, strict=True):
             found = rows[rows["value"] == name].groupby("label").head(n_each)
             found = found.sort_values("label", kind="stable")
