@@ -1300,19 +1300,19 @@ def raise_terminated(number, frame) -> None:
 def parse(arguments: list[str]):
     """The command that the arguments ask for; what is wrong is said, and ends with exit 2."""
     first = arguments[0] if arguments else ""
+    options = {"config": (tyro.conf.FlagCreatePairsOff,)}
     try:
-        if not first or (first.startswith("-") and first not in ("-h", "--help")):
-            arguments = ["run", *arguments]
-        elif not first.startswith("-"):
+        if first in ("-h", "--help"):  # of all commands
+            kinds = [Annotated[kind, tyro.conf.subcommand(name)] for name, kind in COMMANDS.items()]
+            of_any = Union[tuple(kinds)]  # noqa: UP007
+            tyro.cli(of_any, prog=SCRIPT, description=__doc__, args=arguments, **options)
+        if not first or first.startswith("-"):
+            first = "run"
+        else:
             check_name("command", first, list(COMMANDS))
-        kinds = [Annotated[kind, tyro.conf.subcommand(name)] for name, kind in COMMANDS.items()]
-        command = tyro.cli(
-            Union[tuple(kinds)],  # noqa: UP007
-            prog=SCRIPT,
-            description=__doc__,
-            args=arguments,
-            config=(tyro.conf.FlagCreatePairsOff,),
-        )
+            arguments = arguments[1:]
+        # of this command alone: to build the flags of all takes a noticeable time
+        command = tyro.cli(COMMANDS[first], prog=f"{SCRIPT} {first}", args=arguments, **options)
         command.check()
         if isinstance(command, Common):
             device_of(command.device)

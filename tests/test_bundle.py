@@ -79,6 +79,16 @@ def folder_of(stage):
     return lambda out: out / stage.__name__.split("_")[0]
 
 
+MATPLOTLIBRC = "figure.dpi: 7\nfont.size: 50\n"
+HOSTILE = {  # what a notebook, a launcher and a small terminal leave in the environment
+    "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+    "RANK": "1",
+    "WORLD_SIZE": "2",
+    "PYTHONIOENCODING": "ascii",
+    "DISPLAY": "",
+}
+
+
 def rows_of(folder, table="runs"):
     return metrics.load_rows(folder / f"{table}.csv", as_text=True)
 
@@ -127,11 +137,12 @@ def test_data_is_the_whole_set_split_by_class(stage):
     torch.testing.assert_close(share, torch.full((10,), 1 / 12), rtol=0, atol=2e-4)
     # every image stands once in one of the two splits, with its own label
     pixels = np.frombuffer(unpacked("train-images-idx3-ubyte", own), np.uint8, offset=16)
-    weights = np.random.default_rng(0).integers(1, 1 << 40, 784)
-    theirs = pixels.reshape(-1, 784).astype(np.int64) @ weights
+    # a number for each image; sums below 2^53 are exact, and float64 is multiplied fast
+    weights = np.random.default_rng(0).integers(1, 1 << 34, 784).astype(float)
+    theirs = pixels.reshape(-1, 784).astype(float) @ weights
     images = torch.cat([data.train.images, data.val.images]).flatten(1)
     mean, std = pixels.mean() / 255, pixels.std() / 255
-    mine = ((images * std + mean) * 255).round().long().numpy() @ weights
+    mine = ((images * std + mean) * 255).round().double().numpy() @ weights
     np.testing.assert_array_equal(np.sort(mine), np.sort(theirs))
     pairs = set(zip(theirs.tolist(), labels.tolist(), strict=True))
     assert set(zip(mine.tolist(), ours.tolist(), strict=True)) == pairs
@@ -230,17 +241,9 @@ def test_torchvisions_older_layout_is_not_read(stage, data_dir):
 def smoke(stage, tmp_path_factory):
     """A smoke run of everything as a user starts it: elsewhere, in a hostile environment."""
     folder = tmp_path_factory.mktemp("smoke")
-    (folder / "matplotlibrc").write_text("figure.dpi: 7\nfont.size: 50\n")
-    environment = {
-        "MPLBACKEND": "module://matplotlib_inline.backend_inline",
-        "RANK": "1",
-        "WORLD_SIZE": "2",
-        "PYTHONIOENCODING": "ascii",
-        "DISPLAY": "",
-    }
-    process = launch(
-        stage.__file__, "--smoke", "--out", folder / "out", cwd=folder, env=environment
-    )
+    (folder / "matplotlibrc").write_text(MATPLOTLIBRC)
+    words = ("--smoke", "--out", folder / "out")
+    process = launch(stage.__file__, *words, cwd=folder, env=HOSTILE)
     code, out, error = finish(process)
     assert code == 0, error
     return folder / "out" / stage.__name__.split("_")[0], out
@@ -317,16 +320,6 @@ def test_saved_test_scores_follow_from_the_saved_confusion(stage, smoke):
         theirs = precision_score(target, predicted, **options)
         assert row["macro_precision"] == pytest.approx(theirs, rel=1e-5)
         assert runs.loc[row["experiment"], "test_accuracy"] == pytest.approx(row["accuracy"])
-
-
-def test_plot_draws_the_same_pictures_and_summary_again(stage, smoke, tmp_path, folder_of):
-    """The first time with a matplotlibrc of the user's own, now without."""
-    shutil.copytree(smoke[0], folder_of(tmp_path))
-    for path in [*folder_of(tmp_path).glob("*.png"), folder_of(tmp_path) / "summary.md"]:
-        path.unlink()
-    assert stage.main(["plot", "--out", str(tmp_path)]) == 0
-    for path in [*smoke[0].glob("*.png"), smoke[0] / "summary.md"]:
-        assert (folder_of(tmp_path) / path.name).read_bytes() == path.read_bytes(), path.name
 
 
 def test_what_is_finished_is_found_and_what_is_outdated_is_trained_again(
@@ -451,22 +444,72 @@ def test_dask_gives_the_rows_of_one_process(stage, quick, tmp_path, folder_of):
         pd.testing.assert_frame_equal(one.drop(columns="seconds"), two.drop(columns="seconds"))
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
-def test_a_killed_job_of_two_workers_goes_on_and_its_rows_are_those_of_one(
-    stage, small_script, quick, tmp_path, folder_of, capsys
-):
-    folder = folder_of(tmp_path)
-    words = on_data("--only", QUICK[stage.__name__], "--out", str(tmp_path))
-    process = launch(small_script, *words, "--seeds", "200", "--workers", "2")
-    wait_for_rows(folder, process)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    deadline = time.monotonic() + 30
-    while any(is_running(child) for child in children):  # its workers end with it
+def is_running(process):
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rsplit(")")[1].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+def wait_for_rows(folder, process):
+    deadline = time.monotonic() + 200
+    while not (folder / "runs.csv").exists():
+        assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.2)
+
+
+def wait_until(is_true):
+    deadline = time.monotonic() + 30
+    while not is_true():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize(
+    ("stage", "number", "code"),
+    [
+        ("stage1_mlp", signal.SIGINT, 130),
+        ("stage2_rnn", signal.SIGTERM, 143),
+        ("stage3_attention", signal.SIGKILL, -signal.SIGKILL),
+    ],
+    indirect=["stage"],
+)
+def test_a_job_of_two_workers_that_is_ended_goes_on_and_its_rows_are_those_of_one(
+    stage, small_script, quick, tmp_path, folder_of, capsys, number, code
+):
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    environment = {"TMPDIR": str(temporary), "JOBLIB_TEMP_FOLDER": str(temporary)}
+    out = tmp_path / "o o"
+    folder = folder_of(out)
+    words = on_data("--only", QUICK[stage.__name__], "--out", str(out))
+    # a shell's background job is deaf to SIGINT, and so would be what it starts
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    options = {"env": environment, "cwd": tmp_path, "start_new_session": True}
+    process = launch(small_script, *words, "--seeds", "200", "--workers", "2", **options)
+    signal.signal(signal.SIGINT, before)
+    wait_for_rows(folder, process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # Ctrl-C in a terminal reaches the workers, too
+    else:
+        process.send_signal(number)
+    returned, _, error = finish(process)
+    assert returned == code
+    wait_until(lambda: not any(is_running(child) for child in children))  # workers end with it
+    if number != signal.SIGKILL:
+        assert "Warning" not in error and "resource_tracker" not in error
+        last = error.strip().splitlines()[-1]
+        assert f"python {small_script} --only" in last
+        assert "'" in last  # the folder with a space is quoted
+        # joblib's tracker removes its folder when all have gone
+        wait_until(lambda: not any(path.is_file() for path in temporary.rglob("*")))
+
     finished = rows_of(folder)
+    assert len(finished) >= 1
     extra = finished.head(1).assign(seed="777")  # as if it was killed between two files
     history = rows_of(folder, "history")
     metrics.save_rows(folder / "history.csv", pd.concat([history, extra[["experiment", "seed"]]]))
@@ -495,66 +538,6 @@ def test_a_killed_job_of_two_workers_goes_on_and_its_rows_are_those_of_one(
         one, two = (found.drop(columns=differ, errors="ignore") for found in rows)
         two = two[(two["seed"] == "0") & two["value"].isin(one["value"])]
         pd.testing.assert_frame_equal(one[list(two.columns)], two.reset_index(drop=True))
-
-
-def is_running(process):
-    try:
-        state = Path(f"/proc/{process}/stat").read_text().rsplit(")")[1].split()[0]
-    except OSError:
-        return False
-    return state != "Z"
-
-
-def wait_for_rows(folder, process):
-    deadline = time.monotonic() + 200
-    while not (folder / "runs.csv").exists():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-
-
-@pytest.mark.parametrize(
-    ("stage", "number", "code"),
-    [
-        ("stage1_mlp", signal.SIGINT, 130),
-        ("stage2_rnn", signal.SIGTERM, 143),
-        ("stage3_attention", signal.SIGINT, 130),
-    ],
-    indirect=["stage"],
-)
-def test_a_stopped_job_says_how_to_go_on_and_leaves_nothing(
-    stage, small_script, tmp_path, folder_of, number, code
-):
-    temporary = tmp_path / "tmp"
-    temporary.mkdir()
-    environment = {"TMPDIR": str(temporary), "JOBLIB_TEMP_FOLDER": str(temporary)}
-    words = on_data("--only", QUICK[stage.__name__], "--seeds", "200", "--workers", "2")
-    words += ["--out", str(tmp_path / "o o")]
-    # a shell's background job is deaf to SIGINT, and so would be what it starts
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    options = {"env": environment, "cwd": tmp_path, "start_new_session": True}
-    process = launch(small_script, *words, **options)
-    signal.signal(signal.SIGINT, before)
-    wait_for_rows(folder_of(tmp_path / "o o"), process)
-    if number == signal.SIGINT:
-        os.killpg(process.pid, number)  # Ctrl-C in a terminal reaches the workers, too
-    else:
-        process.send_signal(number)
-    returned, _, error = finish(process)
-    assert returned == code
-    assert "Warning" not in error and "resource_tracker" not in error
-    last = error.strip().splitlines()[-1]
-    assert f"python {small_script} --only" in last
-    assert "'" in last  # the folder with a space is quoted
-    assert len(rows_of(folder_of(tmp_path / "o o"))) >= 1
-    deadline = time.monotonic() + 20
-
-    def files_left():
-        return [path for path in temporary.rglob("*") if path.is_file()]
-
-    while files_left() and time.monotonic() < deadline:
-        time.sleep(0.2)  # joblib's tracker removes its folder when all have gone
-    assert files_left() == []
 
 
 # ---- train ----
@@ -711,13 +694,36 @@ def test_a_second_job_in_a_folder_is_refused_also_through_a_link(
     assert not list(folder_of(tmp_path / "real").iterdir())
 
 
-def test_folders_of_any_name(stage, quick, tmp_path, folder_of):
-    """One in Chinese, and in it one whose bytes are no UTF-8."""
+def test_plot_draws_the_same_again_wherever_it_is_and_whatever_its_stream(
+    stage, quick, tmp_path, folder_of
+):
+    """From rows alone, with settings of the user's own, onto a stream that is full or closed; in a
+    folder in Chinese, and in it one whose bytes are no UTF-8."""
     out = tmp_path / "结果" / b"\xbd\xe1".decode("utf-8", "surrogateescape")
     shutil.copytree(quick, folder_of(out))
-    process = launch(stage.__file__, "plot", "--out", out, env={"LC_ALL": "C", "PYTHONUTF8": "0"})
+    drawn = [*quick.glob("*.png"), quick / "summary.md"]
+    assert len(drawn) > 1
+    for path in drawn:
+        (folder_of(out) / path.name).unlink()
+    (tmp_path / "matplotlibrc").write_text(MATPLOTLIBRC)
+    is_closed = stage.__name__ == "stage2_rnn"
+    if is_closed:
+        reader, stream = os.pipe()
+        os.close(reader)
+    else:
+        stream = os.open("/dev/full", os.O_WRONLY)
+    environment = HOSTILE | {"LC_ALL": "C", "PYTHONUTF8": "0"}
+    words = (stage.__file__, "plot", "--out", out)
+    process = launch(*words, cwd=tmp_path, env=environment, stdout=stream)
+    os.close(stream)
     code, _, error = finish(process)
-    assert code == 0, error
+    for path in drawn:
+        assert (folder_of(out) / path.name).read_bytes() == path.read_bytes(), path.name
+    if is_closed:
+        assert "Traceback" not in error
+    else:
+        assert code == 1
+        assert error.count("\n") == 1
 
 
 def test_a_table_from_a_spreadsheet_is_read_and_a_damaged_one_is_named(
@@ -735,22 +741,6 @@ def test_a_table_from_a_spreadsheet_is_read_and_a_damaged_one_is_named(
         assert stage.main(command) == 1
         error = capsys.readouterr().err
         assert str(path) in error
-        assert error.count("\n") == 1
-
-
-def test_a_full_stream_is_one_line_and_a_closed_one_none(stage, quick):
-    words = (stage.__file__, "plot", "--out", quick.parent)
-    if stage.__name__ == "stage2_rnn":
-        reader, stream = os.pipe()
-        os.close(reader)
-    else:
-        stream = os.open("/dev/full", os.O_WRONLY)
-    code, _, error = finish(launch(*words, stdout=stream))
-    os.close(stream)
-    if stage.__name__ == "stage2_rnn":
-        assert "Traceback" not in error
-    else:
-        assert code == 1
         assert error.count("\n") == 1
 
 
