@@ -513,6 +513,7 @@ def test_main_saves_its_tables_and_pictures(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(layers, "BATCH_SIZES", [2, 32])
     monkeypatch.setattr(layers, "RATES", {2: [0.01], 32: [0.03, 0.1]})
     monkeypatch.setattr(layers, "SEEDS", [1, 2])
+    monkeypatch.setattr(layers, "N_VAL", 500)
     layers.main(out=tmp_path / "new" / "folder", data_dir=ROOT / "data")
     names = {path.name for path in (tmp_path / "new" / "folder").iterdir()}
     assert names == {
