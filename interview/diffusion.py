@@ -34,7 +34,7 @@ the paper: x_0 is the image, x_T noise, T = 1,000, and tables of the schedule be
    Cost      One pass of the network a batch; no sampling in training.
    追问      Why the noise and not x_0? Each follows from the other and x_t; the choice weighs the
              times differently. What is the best possible prediction? The mean of ε given x_t.
-             Link to scores (分数)? ε_θ = −√(1 − ᾱ_t) ∇ log p(x_t).
+             Link to the score function (得分函数)? ε_θ = −√(1 − ᾱ_t) ∇ log p(x_t).
    Mistakes  One t for the whole batch. Weights of the last step for sampling: take their moving
              average (指数滑动平均, EMA).
 

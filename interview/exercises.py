@@ -307,7 +307,7 @@ def recall_cases():
     METRICS,
     2,
     "F1 of each class. Why is macro-F1 not the F1 of the mean precision and recall?",
-    "计算 F1。为什么宏 F1 不等于平均精确率与平均召回率的 F1？",
+    "计算 F1。为什么宏平均 F1 不等于平均精确率与平均召回率的 F1？",
     (
         "The harmonic mean of precision and recall, first for each class, then averaged. "
         "(先逐类，再平均)",
@@ -1905,7 +1905,7 @@ def scored_continuations(step, start: Tensor, n: int, eos=None, length_penalty=0
     DECODING,
     1,
     "Write temperature. What do `0.5` and `2` do to a distribution?",
-    "手写温度采样。`0.5` 和 `2` 分别怎样改变分布？",
+    "手写温度缩放（作用于 logits）。`0.5` 和 `2` 分别怎样改变分布？",
     (
         "Stretch or shrink all differences between the logits. (拉大或缩小 logits 之差)",
         "p_i ∝ exp(z_i / t): below 1 the likely ones gain, above 1 the others",
@@ -2526,7 +2526,7 @@ def noised_one_by_one(x_0, t, noise, alpha_bars):
     DIFFUSION,
     1,
     "Draw x_t of a diffusion model in one step. Why is that possible?",
-    "手写扩散模型的一步加噪。为什么可以一步得到 x_t？",
+    "手写扩散模型的前向加噪：由 x_0 直接得到 x_t。为什么可以一步完成？",
     (
         "Sums of normal numbers are normal: all steps are one. (正态之和仍是正态)",
         "x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε, every image with its own t",

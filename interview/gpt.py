@@ -18,7 +18,7 @@ patch. H is the number of query heads, G of key/value heads, d = D / H the width
 
 1. GPT (因果语言模型)
    Asked     "Write a decoder-only transformer. What does it learn from one sequence?"
-             「手写 decoder-only 的 Transformer。一条序列能学到什么？」
+             「手写 decoder-only 的 Transformer。模型从一条序列里能学到什么？」
    Idea      Each token is predicted from those before it. The causal mask (因果掩码) lets one pass
              over T tokens answer T questions at once:
              log p(x) = Σ_t log p(x_t | x_1 … x_{t−1})
