@@ -17,6 +17,8 @@ import contextlib
 import math
 import os
 import re
+import signal
+import sys
 import textwrap
 import unicodedata
 import warnings
@@ -28,6 +30,7 @@ os.environ["MPLBACKEND"] = (
     "agg"  # pictures go to files; a notebook's own setting must not reach a script
 )
 
+import joblib
 import matplotlib
 import numpy as np
 import pandas as pd
@@ -446,6 +449,36 @@ def picture(path: Path, title: str, n_rows=1, n_columns=1, width=11.0, height=4.
         with written_aside(path) as aside, open(aside, "wb") as file, warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph")  # a name in Chinese
             FigureCanvasAgg(figure).print_png(file)  # savefig would lay it out and draw it twice
+
+
+class Pictures:
+    """Calls that draw a picture each, put off so that several are drawn at a time."""
+
+    def __init__(self):
+        self.calls = []
+
+    def add(self, draw, *arguments, **options) -> None:
+        self.calls.append(joblib.delayed(draw)(*arguments, **options))
+
+    def draw(self) -> None:
+        """Carry out the calls: on Linux by forked copies of this process, one a core, which have
+        nothing to import or load; elsewhere one after the other."""
+        n_cores = joblib.cpu_count() if sys.platform == "linux" else 1
+        options = {"backend": "multiprocessing", "initializer": leave_signals, "max_nbytes": None}
+        parallel = joblib.Parallel(max(1, min(n_cores, len(self.calls))), batch_size=1, **options)
+        try:
+            parallel(self.calls)
+        except BaseException:  # the copies were ended, perhaps while they wrote
+            for _, (path, *_), _ in self.calls:
+                for aside in path.parent.glob(f"{path.name}.*.aside"):
+                    aside.unlink(missing_ok=True)
+            raise
+
+
+def leave_signals() -> None:
+    """In a copy: the first process answers Ctrl-C and SIGTERM, and ends its copies."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def colors_of(values: list, ordered: bool) -> dict:

@@ -971,28 +971,34 @@ def draw_all(folder: Path) -> None:
     by_experiment = dict(list(runs.groupby("experiment", sort=False)))
     logged = dict(list(history.groupby("experiment", sort=False)))
 
+    pictures = metrics.Pictures()
     for name in SELECTED:
         if name in by_experiment:
             title = f"MLP on MNIST, {name}: training"
             if by_experiment[name]["deform"].iloc[0] > 0:
                 title += "\ntraining images are deformed, in the last 30 % of the steps less"
-            metrics.draw_curves(folder / f"curves_{name}.png", logged[name], title)
+            pictures.add(metrics.draw_curves, folder / f"curves_{name}.png", logged[name], title)
             n_seeds = by_experiment[name]["seed"].nunique()
             title = f"{name}: 10,000 test images, sum over {n_seeds} seeds"
-            metrics.draw_confusion(
-                folder / f"confusion_{name}.png", confusion_of(folder, name), CLASSES, title
+            pictures.add(
+                metrics.draw_confusion,
+                folder / f"confusion_{name}.png",
+                confusion_of(folder, name),
+                CLASSES,
+                title,
             )
     for name, (question, varied, ordered) in SWEEPS.items():
         if name in by_experiment:
             rows, own = (table[name].replace({"value": NAMES}) for table in (by_experiment, logged))
             title = f"{question} {duration_of(rows)}"
             path = folder / f"sweep_{name}.png"
-            metrics.draw_sweep(path, rows, own, title, varied, ordered)
+            pictures.add(metrics.draw_sweep, path, rows, own, title, varied, ordered)
     if "grid" in by_experiment:
-        draw_grid(folder / "sweep_grid.png", by_experiment["grid"])
+        pictures.add(draw_grid, folder / "sweep_grid.png", by_experiment["grid"])
     if "learning_rate" in by_experiment:
         rows = by_experiment["learning_rate"]
-        metrics.draw_lines(
+        pictures.add(
+            metrics.draw_lines,
             folder / "sweep_learning_rate.png",
             rows.replace({"optimizer": NAMES}),
             ("lr", "error", "optimizer"),
@@ -1005,7 +1011,8 @@ def draw_all(folder: Path) -> None:
         n_images = (rows["batch_size"] * rows["steps"])[rows["value"].str.endswith("images")].max()
         n_steps = rows.loc[rows["value"].str.endswith("steps"), "steps"].max()
         equal = {"equal steps": f"{n_steps:,} steps", "equal images": f"{n_images:,.0f} images"}
-        metrics.draw_lines(
+        pictures.add(
+            metrics.draw_lines,
             folder / "sweep_batch_size.png",
             rows.assign(equal=rows["value"].str.split(", ").str[1].map(equal)),
             ("batch_size", "error", "equal"),
@@ -1015,7 +1022,8 @@ def draw_all(folder: Path) -> None:
         )
     if "init" in by_experiment:
         rows = by_experiment["init"].replace({"init": NAMES})
-        metrics.draw_heatmap(
+        pictures.add(
+            metrics.draw_heatmap,
             folder / "sweep_init.png",
             rows.assign(layers=rows["hidden"].str.split().str.len()),
             ("init", "layers", "percent"),
@@ -1024,7 +1032,8 @@ def draw_all(folder: Path) -> None:
             ylabel="initialisation",
             colorbar="validation accuracy (%)",
         )
-    draw_side_tables(folder)
+    add_side_tables(pictures, folder)
+    pictures.draw()
     write_summary(folder, runs)
 
 
@@ -1041,15 +1050,16 @@ def draw_grid(path: Path, rows: pd.DataFrame) -> None:
     )
 
 
-def draw_side_tables(folder: Path) -> None:
+def add_side_tables(pictures: metrics.Pictures, folder: Path) -> None:
     """The pictures of faults, gradients, mistakes and speed, of those that have rows."""
     faults = metrics.load_rows(folder / "faults.csv")
     if len(faults):
         title = "What goes wrong in training (orange), and what mends it (blue)"
-        metrics.draw_faults(folder / "faults.png", faults, title)
+        pictures.add(metrics.draw_faults, folder / "faults.png", faults, title)
     gradients = metrics.load_rows(folder / "gradients.csv")
     if len(gradients):
-        metrics.draw_lines(
+        pictures.add(
+            metrics.draw_lines,
             folder / "fault_gradients.png",
             gradients.iloc[::-1],  # the mended one in blue
             ("layer", "grad_norm", "value"),
@@ -1060,11 +1070,11 @@ def draw_side_tables(folder: Path) -> None:
         )
     mistakes = metrics.load_rows(folder / "mistakes.csv")
     if len(mistakes):
-        draw_mistakes(folder / "mistakes.png", mistakes)
+        pictures.add(draw_mistakes, folder / "mistakes.png", mistakes)
     benchmarks = metrics.load_rows(folder / "benchmark.csv")
     if len(benchmarks):
         title = "How long does it take, beside what one would compare it with?"
-        metrics.draw_ratios(folder / "benchmark.png", benchmarks, title)
+        pictures.add(metrics.draw_ratios, folder / "benchmark.png", benchmarks, title)
 
 
 def draw_mistakes(path: Path, rows: pd.DataFrame) -> None:
@@ -1783,7 +1793,9 @@ def benchmark(command: BenchmarkCommand) -> None:
         if (folder / "runs.csv").exists():
             draw_all(folder)
         else:
-            draw_side_tables(folder)
+            pictures = metrics.Pictures()
+            add_side_tables(pictures, folder)
+            pictures.draw()
     for row in rows:
         print(f"{row['ratio']:.2f}  {row['name']}")
 

@@ -1242,23 +1242,29 @@ def draw_all(folder: Path) -> None:
     logged = dict(list(history.groupby("experiment", sort=False)))
 
     selected = history[history["experiment"].isin(SELECTED)]
+    pictures = metrics.Pictures()
     for name in SELECTED:
         if name in by_experiment:
             title = f"{name.upper()} on Fashion-MNIST: training"
-            metrics.draw_curves(folder / f"curves_{name}.png", logged[name], title, selected)
+            pictures.add(
+                metrics.draw_curves, folder / f"curves_{name}.png", logged[name], title, selected
+            )
             n_seeds = by_experiment[name]["seed"].nunique()
             title = f"{name.upper()}: 10,000 test images, sum over {n_seeds} seeds"
             matrix = confusion_of(folder, name)
-            metrics.draw_confusion(folder / f"confusion_{name}.png", matrix, CLASSES, title)
+            pictures.add(
+                metrics.draw_confusion, folder / f"confusion_{name}.png", matrix, CLASSES, title
+            )
     for name, (question, varied, ordered) in SWEEPS.items():
         if name in by_experiment:
             rows = by_experiment[name]
             title = f"{question} {duration_of(rows)}"
             path = folder / f"sweep_{name}.png"
-            metrics.draw_sweep(path, rows, logged[name], title, varied, ordered)
+            pictures.add(metrics.draw_sweep, path, rows, logged[name], title, varied, ordered)
     if "learning_rate" in by_experiment:
         rows = by_experiment["learning_rate"]
-        metrics.draw_lines(
+        pictures.add(
+            metrics.draw_lines,
             folder / "sweep_learning_rate.png",
             rows.assign(clipping=rows["value"].str.split(", ").str[1]),
             ("lr", "error", "clipping"),
@@ -1268,7 +1274,8 @@ def draw_all(folder: Path) -> None:
         )
     if "init" in by_experiment:
         rows = by_experiment["init"]
-        metrics.draw_heatmap(
+        pictures.add(
+            metrics.draw_heatmap,
             folder / "sweep_init.png",
             rows.assign(network=rows["cell"].map(CELL_NAMES)),
             ("network", "init", "percent"),
@@ -1280,7 +1287,8 @@ def draw_all(folder: Path) -> None:
     if "direction_readout" in by_experiment:
         rows = by_experiment["direction_readout"]
         parts = rows["value"].str.split(", ")
-        metrics.draw_heatmap(
+        pictures.add(
+            metrics.draw_heatmap,
             folder / "sweep_direction_readout.png",
             rows.assign(direction=parts.str[0], classified=parts.str[1]),
             ("direction", "classified", "percent"),
@@ -1290,8 +1298,9 @@ def draw_all(folder: Path) -> None:
             colorbar="validation accuracy (%)",
         )
     if "memory" in by_experiment:
-        draw_memory(folder / "sweep_memory.png", by_experiment["memory"])
-    draw_side_tables(folder)
+        pictures.add(draw_memory, folder / "sweep_memory.png", by_experiment["memory"])
+    add_side_tables(pictures, folder)
+    pictures.draw()
     write_summary(folder, runs)
 
 
@@ -1315,21 +1324,21 @@ def draw_memory(path: Path, rows: pd.DataFrame) -> None:
         metrics.legend_beside(axes)
 
 
-def draw_side_tables(folder: Path) -> None:
+def add_side_tables(pictures: metrics.Pictures, folder: Path) -> None:
     """The pictures of faults, gradients, readings and speed, of those that have rows."""
     faults = metrics.load_rows(folder / "faults.csv")
     if len(faults):
         title = "What goes wrong in training (orange), and what mends it (blue)"
-        metrics.draw_faults(folder / "faults.png", faults, title)
+        pictures.add(metrics.draw_faults, folder / "faults.png", faults, title)
     gradients = metrics.load_rows(folder / "gradients.csv")
     if len(gradients):
-        draw_state_gradients(folder / "state_gradients.png", gradients)
+        pictures.add(draw_state_gradients, folder / "state_gradients.png", gradients)
     reading = metrics.load_rows(folder / "reading.csv")
     for name, rows in reading.groupby("experiment", sort=False):
-        draw_reading(folder / f"reading_{name}.png", rows, name)
+        pictures.add(draw_reading, folder / f"reading_{name}.png", rows, name)
     benchmarks = metrics.load_rows(folder / "benchmark.csv")
     if len(benchmarks):
-        draw_benchmark(folder / "benchmark.png", benchmarks)
+        pictures.add(draw_benchmark, folder / "benchmark.png", benchmarks)
 
 
 def draw_state_gradients(path: Path, rows: pd.DataFrame) -> None:
@@ -2137,7 +2146,9 @@ def benchmark(command: BenchmarkCommand) -> None:
         if (folder / "runs.csv").exists():
             draw_all(folder)
         else:
-            draw_side_tables(folder)
+            pictures = metrics.Pictures()
+            add_side_tables(pictures, folder)
+            pictures.draw()
     print(f"table and picture: {folder / 'benchmark.png'}")
 
 

@@ -1131,8 +1131,9 @@ def runs_of(experiments: list[str], n_seeds: int, smoke: bool = False) -> list[R
 
 
 def smoke_config(config: Config) -> Config:
-    """The Config of a smoke run: a narrower network, 200 images, 2 steps."""
-    small = {"d_model": 16, "d_ff": 0, "n_train": 200, "batch_size": 32}
+    """The Config of a smoke run: a narrower network, few images, 2 steps."""
+    n_train = 64 if config.task == "clothes" else 200  # recall needs some of every class
+    small = {"d_model": 16, "d_ff": 0, "n_train": n_train, "batch_size": 32}
     return replace(config, **small, steps=2, n_logs=2)
 
 
@@ -1520,21 +1521,28 @@ def draw_all(folder: Path) -> None:
         raise DataError(f"{folder / 'runs.csv'} holds no rows: train something first")
     history = metrics.load_rows(folder / "history.csv")
     of_selected = history[history["experiment"].isin(SELECTED)]
+    pictures = metrics.Pictures()
     for name in SELECTED:
         rows = runs[runs["experiment"] == name]
         if len(rows):
             own = history[history["experiment"] == name]
             title = f"{title_of(name)} on Fashion-MNIST: training"
-            metrics.draw_curves(folder / f"curves_{name}.png", own, title, of_selected)
+            pictures.add(
+                metrics.draw_curves, folder / f"curves_{name}.png", own, title, of_selected
+            )
             n_seeds = rows["seed"].nunique()
             title = f"{title_of(name)}\n10,000 test images, sum over {n_seeds} seeds"
             matrix = confusion_of(folder, name)
-            metrics.draw_confusion(folder / f"confusion_{name}.png", matrix, CLASSES, title)
+            pictures.add(
+                metrics.draw_confusion, folder / f"confusion_{name}.png", matrix, CLASSES, title
+            )
     selected = runs[runs["experiment"].isin(SELECTED)]
     if len(selected):
         title = f"Do shared keys and values cost accuracy on clothes? {duration_of(selected)}"
         varied = "key/value heads of 8 query heads"
-        metrics.draw_sweep(folder / "sweep_kv_heads.png", selected, of_selected, title, varied)
+        pictures.add(
+            metrics.draw_sweep, folder / "sweep_kv_heads.png", selected, of_selected, title, varied
+        )
     for name, (question, varied, ordered) in SWEEPS.items():
         rows = rows_to_compare(runs, name)
         own = rows_to_compare(history, name)
@@ -1548,11 +1556,12 @@ def draw_all(folder: Path) -> None:
             own = own[own["value"] != WITHOUT]
         if len(rows) and name != "scale":
             path = folder / f"sweep_{name}.png"
-            metrics.draw_sweep(path, rows, own, title, varied, ordered)
+            pictures.add(metrics.draw_sweep, path, rows, own, title, varied, ordered)
     plateau = plateau_of(history)
     if len(plateau):
-        draw_plateau(folder / "recall_plateau.png", plateau)
-    draw_side_tables(folder)
+        pictures.add(draw_plateau, folder / "recall_plateau.png", plateau)
+    add_side_tables(pictures, folder)
+    pictures.draw()
     write_summary(folder, runs)
 
 
@@ -1576,45 +1585,55 @@ def rows_to_compare(table: pd.DataFrame, name: str) -> pd.DataFrame:
     return rows
 
 
-def draw_side_tables(folder: Path) -> None:
+def add_side_tables(pictures: metrics.Pictures, folder: Path) -> None:
     """The pictures of demo, maps, faults and speed, of those that have rows."""
-    draw_demo_tables(folder)
+    add_demo(pictures, folder)
     maps = metrics.load_rows(folder / "maps.csv", as_text=True)
     if len(maps):
         largest = max(numbers_of(text).max() for text in maps["weights"])  # one scale for all
         for name, rows in maps.groupby("experiment", sort=False):
-            draw_maps(folder / f"maps_{name}.png", rows, f"{title_of(name)}, last block", largest)
+            pictures.add(
+                draw_maps,
+                folder / f"maps_{name}.png",
+                rows,
+                f"{title_of(name)}, last block",
+                largest,
+            )
     recall = metrics.load_rows(folder / "recall_maps.csv", as_text=True)
     if len(recall):
-        draw_recall(folder / "recall_maps.png", recall)
+        pictures.add(draw_recall, folder / "recall_maps.png", recall)
     found = metrics.load_rows(folder / "upcycling.csv")
     if len(found):
-        draw_upcycling(folder / "upcycling.png", found, metrics.load_rows(folder / "runs.csv"))
+        pictures.add(
+            draw_upcycling, folder / "upcycling.png", found, metrics.load_rows(folder / "runs.csv")
+        )
     scale = metrics.load_rows(folder / "scale.csv")
     if len(scale):
-        draw_scale(folder / "sweep_scale.png", scale)
+        pictures.add(draw_scale, folder / "sweep_scale.png", scale)
     faults = metrics.load_rows(folder / "faults.csv")
     if len(faults):
         title = "What goes wrong in training (orange), and what mends it (blue)"
-        metrics.draw_faults(folder / "faults.png", faults, title)
-    draw_speed_tables(folder)
+        pictures.add(metrics.draw_faults, folder / "faults.png", faults, title)
+    add_speed(pictures, folder)
 
 
-def draw_demo_tables(folder: Path) -> None:
+def add_demo(pictures: metrics.Pictures, folder: Path) -> None:
     weights = metrics.load_rows(folder / "demo.csv")
     if len(weights):
-        draw_demo(folder / "demo_weights.png", weights)
-        draw_sharing(folder / "demo_sharing.png", metrics.load_rows(folder / "sharing.csv"))
+        pictures.add(draw_demo, folder / "demo_weights.png", weights)
+        pictures.add(
+            draw_sharing, folder / "demo_sharing.png", metrics.load_rows(folder / "sharing.csv")
+        )
 
 
-def draw_speed_tables(folder: Path) -> None:
+def add_speed(pictures: metrics.Pictures, folder: Path) -> None:
     times = metrics.load_rows(folder / "decode.csv")
     if len(times):
-        draw_decode(folder / "decode.png", times)
+        pictures.add(draw_decode, folder / "decode.png", times)
     benchmarks = metrics.load_rows(folder / "benchmark.csv")
     if len(benchmarks):
         title = "How long does it take, beside what one would compare it with?"
-        metrics.draw_ratios(folder / "benchmark.png", benchmarks, title)
+        pictures.add(metrics.draw_ratios, folder / "benchmark.png", benchmarks, title)
 
 
 def renew_summary(folder: Path) -> None:
@@ -2802,7 +2821,9 @@ def benchmark(command: BenchmarkCommand) -> None:
         for name, found in tables.items():
             tables[name] = [{"experiment": "benchmark"} | row | origin for row in found]
         metrics.replace_rows(folder, tables, [])
-        draw_speed_tables(folder)
+        pictures = metrics.Pictures()
+        add_speed(pictures, folder)
+        pictures.draw()
         renew_summary(folder)
     for row in rows:
         print(f"{row['ratio']:.2f}  {row['name']}")
@@ -2988,7 +3009,9 @@ def demo(command: DemoCommand) -> None:
     folder = folder_of(command.out or HERE / "figures")
     with claimed(folder):
         metrics.replace_rows(folder, tables, [])
-        draw_demo_tables(folder)
+        pictures = metrics.Pictures()
+        add_demo(pictures, folder)
+        pictures.draw()
         renew_summary(folder)
     links = links_of(pd.DataFrame(tables["sharing"]))
     for (name, kv_head), own in links.groupby(["layer", "kv_head"], sort=False):
