@@ -24,7 +24,7 @@
              luck. Depth at most log2 n: the larger part is a loop, only the smaller one a call.
    追问      Stable? No: equal values may change places; merge sort keeps them.
              The k-th smallest? Go on in one part only (quickselect): O(n) on average.
-             Against merge sort, heap sort? In place but O(n²) at worst; both others O(n log n).
+             Against merge sort, heap sort? Both O(n log n) always; the first needs O(n) memory.
    Mistakes  The first value as the pivot: sorted input takes O(n²). Two parts, not three: equal
              input takes O(n²). Recursion into both parts: up to n calls deep.
 
