@@ -1,6 +1,7 @@
 """Lets the tests import the stages however pytest is started; and what several of them need."""
 
 import csv
+import os
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+os.environ["LOKY_MAX_CPU_COUNT"] = "1"  # for joblib: pytest-xdist's workers fill the cores
 
 
 def pytest_configure(config):

@@ -86,6 +86,7 @@ HOSTILE = {  # what a notebook, a launcher and a small terminal leave in the env
     "WORLD_SIZE": "2",
     "PYTHONIOENCODING": "ascii",
     "DISPLAY": "",
+    "LOKY_MAX_CPU_COUNT": "2",  # pictures are drawn two at a time, in this process one by one
 }
 
 
