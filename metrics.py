@@ -344,7 +344,8 @@ def score_table(
     """Markdown, a line for every value of column `by`: accuracy, its t interval and the loss.
 
     `images` is "val_" or "test_". `whole` adds macro precision, recall and F1, which on classes of
-    nearly equal size say what accuracy says. All in %, mean ± standard deviation over n seeds.
+    nearly equal size say what accuracy says. Scores in %, mean ± standard deviation over n seeds;
+    the loss is a mean, in nats.
     """
     table = []
     for value, found in runs.groupby(by, sort=False):
@@ -388,7 +389,9 @@ def fault_table(faults: pd.DataFrame, symptoms: dict[str, str]) -> str:
             found = rows[rows["variant"] == variant]
             value = found["value"].iloc[0] if len(found) else "–"
             if geometric:
-                mean, low, high = stats.gmean(found["number"]), *found["number"].agg(["min", "max"])
+                mean = stats.gmean(found["number"])
+                low = found["number"].min()
+                high = found["number"].max()
                 row[variant] = (
                     f"{value}: {mean:.2g} ({low:.2g} … {high:.2g}; geometric mean, range)"
                 )
@@ -469,7 +472,8 @@ class Pictures:
         try:
             parallel(self.calls)
         except BaseException:  # the copies were ended, perhaps while they wrote
-            for _, (path, *_), _ in self.calls:
+            for _, arguments, _ in self.calls:
+                path = arguments[0]  # every drawing function takes it first
                 for aside in path.parent.glob(f"{path.name}.*.aside"):
                     aside.unlink(missing_ok=True)
             raise

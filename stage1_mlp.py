@@ -1,11 +1,14 @@
 """Stage 1: a multilayer perceptron (全连接网络) reads MNIST: what layers, neurons, steps do to it.
 
     python stage1_mlp.py                              the brief's questions, one seed each
-    python stage1_mlp.py --only depth width --seeds 3 some experiments; --only all: every one
+    python stage1_mlp.py --only depth --seeds 3       some experiments; --only all: every one
     python stage1_mlp.py train --hidden 64 --lr 0.01  one network of your own
     python stage1_mlp.py predict digit.png            what the trained network makes of your images
     python stage1_mlp.py benchmark                    speed, beside what a user would take instead
     python stage1_mlp.py plot                         draw figures/stage1/ again from its saved rows
+
+Results go to figures/stage1/. Runs that are found finished there, as the committed ones are, are
+not trained again: `--out out` trains them into out/.
 
 Read `MLP`, `cross_entropy` and `train` first: they are the whole idea. `backprop` is what
 `loss.backward()` does, by hand. `EXPERIMENTS` is the table of everything that was tried.
@@ -345,7 +348,8 @@ ACTIVATIONS = {
 
 
 def initialise(model: MLP, init: str) -> None:
-    """Draw the weights anew, so that signals or gradients neither grow nor die from layer to layer.
+    """Draw the weights anew: Kaiming's and Xavier's keep signals or gradients from growing or dying
+    from layer to layer, "small" and "zeros" do not.
 
     "kaiming": N(0, 2 / n_in), for ReLU (He 2015, eq. 10); "xavier": U(±√(6 / (n_in + n_out))), for
     tanh (Glorot 2010, eq. 16); "small": N(0, 0.001²); "zeros"; all four with zero biases.
@@ -617,7 +621,7 @@ EXPERIMENTS: dict[str, dict[str, Config]] = {
         for depth in (1, 2, 3, 4, 5)
         for width in (16, 32, 64, 128, 256)
     },
-    # side questions: 600 steps
+    # side questions: 600 steps, but in batch_size at equal images
     "learning_rate": {
         f"{name}, {lr:g}": replace(
             # weight decay is AdamW's own; with the others it would be an L2 penalty
@@ -681,8 +685,8 @@ SELECTED = ("baseline", "deformed")
 class Run(NamedTuple):
     """One training: its experiment, what is varied in it, and the Config with its seed."""
 
-    experiment: str  # a key of EXPERIMENTS
-    value: str  # a key of EXPERIMENTS[experiment]
+    experiment: str  # a key of EXPERIMENTS, or the name of a network of one's own
+    value: str  # a key of EXPERIMENTS[experiment], or that name again
     config: Config
 
     @property
@@ -960,6 +964,11 @@ VARIED = {
 }
 
 
+def sweep_of(name: str) -> tuple[str, str, bool]:
+    """An experiment's entry of SWEEPS; one of the user's own, without entry, goes by its name."""
+    return SWEEPS.get(name, (name, "value", False))
+
+
 def draw_all(folder: Path) -> None:
     """Every picture and summary.md of the folder's rows; DataError if there are none."""
     runs = metrics.load_rows(folder / "runs.csv")
@@ -987,9 +996,11 @@ def draw_all(folder: Path) -> None:
                 CLASSES,
                 title,
             )
-    for name, (question, varied, ordered) in SWEEPS.items():
-        if name in by_experiment:
-            rows, own = (table[name].replace({"value": NAMES}) for table in (by_experiment, logged))
+    for name in EXPERIMENTS:
+        if name in by_experiment and name not in (*SELECTED, *VARIED, "faults"):
+            question, varied, ordered = sweep_of(name)
+            rows = by_experiment[name].replace({"value": NAMES})
+            own = logged[name].replace({"value": NAMES})
             title = f"{question} {duration_of(rows)}"
             path = folder / f"sweep_{name}.png"
             pictures.add(metrics.draw_sweep, path, rows, own, title, varied, ordered)
@@ -1133,7 +1144,7 @@ def write_summary(folder: Path, runs: pd.DataFrame) -> None:
         rows = runs[runs["experiment"] == name]
         if len(rows) and name not in (*SELECTED, "faults"):
             note = f"**Validation images** {duration_of(rows)}".strip()
-            varied = SWEEPS[name][1] if name in SWEEPS else VARIED[name]
+            varied = VARIED.get(name, sweep_of(name)[1])
             whole = name in THE_BRIEF  # which asks for all metrics under every condition
             table = metrics.score_table(rows, "val_", "value", varied, whole)
             picture = f"![{name}](sweep_{name}.png)"
@@ -1325,7 +1336,7 @@ def parse(arguments: list[str]):
         command = tyro.cli(COMMANDS[first], prog=f"{SCRIPT} {first}", args=arguments, **options)
         command.check()
         if isinstance(command, Common):
-            device_of(command.device)
+            device_of(command.device)  # ValueError if this machine has none
     except ValueError as error:
         print(f"{SCRIPT}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -1385,7 +1396,7 @@ def run_experiments(command: RunCommand) -> None:
     with claimed(folder):
         metrics.drop_rows_of_no_run(folder)
         todo, n_outdated = (runs, 0) if command.fresh else unfinished(runs, folder)
-        if todo:  # if any is missing, that is said first, and --fresh removes nothing
+        if todo:  # before --fresh removes rows: a missing data file ends the command here
             data = load_data(command.data_dir, command.download)
         if command.fresh:
             saved = metrics.load_rows(folder / "runs.csv", as_text=True)
@@ -1429,7 +1440,7 @@ def has_config(row: dict, config: Config) -> bool:
 
 
 def drop_outdated(runs: list[Run], folder: Path) -> None:
-    """Remove rows of these experiments with other seeds that are no longer what the table says."""
+    """Remove saved rows of these experiments whose value or Config is no longer in the table."""
     table = {(run.experiment, run.value): run.config for run in runs}
     rows = metrics.load_rows(folder / "runs.csv", as_text=True)
     is_outdated = []
@@ -1439,7 +1450,8 @@ def drop_outdated(runs: list[Run], folder: Path) -> None:
         is_gone = is_named and row["value"] not in EXPERIMENTS[row["experiment"]]
         is_outdated.append(is_gone or (config is not None and not has_config(row, config)))
     if any(is_outdated):
-        print(f"{sum(is_outdated)} rows of other settings or values, of other seeds, are removed")
+        reason = "EXPERIMENTS no longer has their value or settings"
+        print(f"{sum(is_outdated)} saved rows removed: {reason}")
         metrics.remove_runs(folder, np.array(is_outdated))
 
 
@@ -1504,6 +1516,7 @@ def cost(run: Run) -> float:
     """About how long a run takes: its steps, times the work of one."""
     sizes = (784, *run.config.hidden, 10)
     products = sum(a * b for a, b in itertools.pairwise(sizes))
+    # 1e7: what a step costs beside its products
     return run.config.n_steps * (1e7 + products * run.config.batch_size)
 
 
@@ -1519,9 +1532,9 @@ def results_of(
     origin = origin_of_rows(device)
     jobs = []
     for number, run in enumerate(runs):
-        gpu = f"cuda:{number % torch.cuda.device_count()}" if device == "cuda" else device
+        of_run = f"cuda:{number % torch.cuda.device_count()}" if device == "cuda" else device
         read_test = run.experiment in SELECTED
-        jobs.append(joblib.delayed(execute)(run, arrays, gpu, origin, read_test))
+        jobs.append(joblib.delayed(execute)(run, arrays, of_run, origin, read_test))
     if dask is not None:
         from dask.distributed import Client  # pip install "dask[distributed]"
 
@@ -1676,7 +1689,7 @@ def read_digit(path: Path) -> np.ndarray:
 
 
 def read_grey(path: Path) -> np.ndarray:
-    """An image file of any size and mode as grey values 0 … 1, (H, W) of at most 400 pixels."""
+    """An image file of any size and mode as grey values 0 … 1, (H, W), each at most 400."""
     try:
         with Image.open(path) as opened:
             picture = ImageOps.exif_transpose(opened)

@@ -7,6 +7,9 @@
     python stage2_rnn.py benchmark                    speed, beside nn.RNN, nn.GRU and nn.LSTM
     python stage2_rnn.py plot                         draw figures/stage2/ again from its saved rows
 
+Results go to figures/stage2/. Runs that are found finished there, as the committed ones are, are
+not trained again: `--out out` trains them into out/.
+
 Read `RNNCell`, `read` and `train` first: they are the whole idea. `GRUCell` and `LSTMCell` change
 one step of it. `bptt` is what `loss.backward()` does, by hand. `EXPERIMENTS` is the table of
 everything that was tried.
@@ -14,8 +17,8 @@ everything that was tried.
 Config, Data, Model, Training and Experiments are the assignment; Pictures, Commands, predict and
 benchmark are what surrounds it.
 
-Axis letters in shape comments: B batch, C classes, F values of a step, G gates of a cell, H hidden
-units, N images, T steps.
+Axis letters in shape comments: B batch, C classes, F values of a step, G gates of a cell, its
+candidate among them, H hidden units, L cells (layers · directions), N images, T steps.
 """
 
 import gzip
@@ -122,7 +125,7 @@ class Config:
     n_train: int = 55_000
     # how often a run is evaluated on its way
     n_logs: int = 20
-    # of weights, batch order, mirroring, dropout; never of the validation split
+    # of weights, batch order, mirroring, shifting, dropout; never of the validation split
     seed: int = 0
 
     @property
@@ -533,7 +536,7 @@ class Recurrent(nn.Module):
     forward(x, lengths, state) -> (outputs, last state)
         x           (B, T, n_in); what it holds past a sequence's end, NaN too, has no influence
         lengths     (B,) whole numbers in 1 … T; None: all are T steps long
-        state       (C, B, H) of the C = layers · directions cells, forwards before backwards;
+        state       (L, B, H) of the L = layers · directions cells, forwards before backwards;
                     of LSTMs a pair (h, c) of these; None: zeros
         outputs     (B, T, H · directions), 0 past a sequence's end
         last state  as state: after each sequence's own last step
@@ -636,10 +639,10 @@ class RecurrentClassifier(nn.Module):
 def initialise(model: RecurrentClassifier, init: str, forget_bias: float = 0.0) -> None:
     """How W_hh starts, gate by gate; all but "default" set b_xh to 0.
 
-    "default": as nn.Linear draws it, U(±1 / √H), and so stays a GRU's b_hh. "orthogonal": W_hh h is
-    as long as h (Saxe 2014). "large": twice as long. "identity": for ReLU (Le 2015). An LSTM's
-    forget gate gets its own bias: 1 keeps it open at the start (Jozefowicz 2015), ln T for T steps
-    (Tallec 2018).
+    "default": as nn.Linear draws it, U(±1 / √H), which a GRU's b_hh always is. "orthogonal":
+    W_hh h is as long as h (Saxe 2014). "large": twice as long. "identity": for ReLU (Le 2015). An
+    LSTM's forget gate gets its own bias: 1 keeps it open at the start (Jozefowicz 2015), ln T for T
+    steps (Tallec 2018).
     """
     for cell in model.recurrent.cells:
         H = cell.W_hh.in_features
@@ -668,7 +671,7 @@ def parts_of(state, cell: nn.Module, shape: tuple[int, ...]) -> list[Tensor]:
 
 
 def states_of_cells(state, cells: nn.ModuleList, B: int) -> list:
-    """A state of all cells, (C, B, H) or a pair of these, as a list of each cell's own."""
+    """A state of all cells, (L, B, H) or a pair of these, as a list of each cell's own."""
     if state is None:
         return [None] * len(cells)
     parts = parts_of(state, cells[0], (len(cells), B, cells[0].W_hh.in_features))
@@ -677,7 +680,7 @@ def states_of_cells(state, cells: nn.ModuleList, B: int) -> list:
 
 
 def stacked(states: list):
-    """The cells' states as one, (C, B, H), or of LSTMs a pair of these."""
+    """The cells' states as one, (L, B, H), or of LSTMs a pair of these."""
     if isinstance(states[0], tuple):
         return tuple(torch.stack(parts) for parts in zip(*states, strict=True))
     return torch.stack(states)
@@ -714,7 +717,7 @@ def check_lengths(lengths, B: int, T: int, device: torch.device) -> Tensor:
 
 # -------- Training --------------------------------------------------------------------------------
 
-ROWS = Config(reading="rows")  # how a model is evaluated where nobody says how it reads
+ROWS = Config(reading="rows")  # for who calls `evaluate` without a Config: row by row
 
 
 def evaluate(model: nn.Module, split: Split, config: Config = ROWS) -> dict:
@@ -752,7 +755,7 @@ SCORES = ("loss", "accuracy", "macro_precision", "macro_recall", "macro_f1")
 def build(config: Config, device: torch.device | str = "cpu") -> RecurrentClassifier:
     """The Config's network on the device.
 
-    It also seeds torch, so that batch order, mirroring and dropout that follow are fixed too.
+    It also seeds torch: batch order, mirroring, shifting and dropout that follow are fixed too.
     """
     torch.manual_seed(config.seed)
     n_in = {"rows": 28, "columns": 28, "two_rows": 56, "patches": 28}[config.reading]
@@ -904,7 +907,7 @@ EXPERIMENTS: dict[str, dict[str, Config]] = {
     "rnn": {"1 layer of 256": BASE},
     "gru": {"2 layers of 256": replace(GATED, cell="gru")},
     "lstm": {"2 layers of 256": replace(GATED, cell="lstm", forget_bias=1.0)},
-    # whole trainings, 20 epochs; the LSTM's forget bias is 0 here, as nn.LSTM's
+    # whole trainings, 20 epochs; the LSTM's forget bias starts at 0 here, nn.LSTM's around 0
     "cell": {
         name: replace(WHOLE, cell=cell, init=SUITED_INIT[cell]) for cell, name in CELL_NAMES.items()
     },
@@ -969,8 +972,8 @@ SELECTED = ("rnn", "gru", "lstm")
 class Run(NamedTuple):
     """One training: its experiment, what is varied in it, and the Config with its seed."""
 
-    experiment: str  # a key of EXPERIMENTS
-    value: str  # a key of EXPERIMENTS[experiment]
+    experiment: str  # a key of EXPERIMENTS, or the name of a network of one's own
+    value: str  # a key of EXPERIMENTS[experiment], or that name again
     config: Config
 
     @property
@@ -1172,7 +1175,7 @@ FAULTS = {
     "exploding gradient": Fault(
         broken="W_hh doubles, not clipped",
         mended="W_hh doubles, norm clipped at 1",
-        symptom="one update throws the weights away",
+        symptom="one update can throw the weights away: some seeds end at chance",
         measured="validation accuracy (%)",
         measure=last_accuracy,
     ),
@@ -1186,7 +1189,7 @@ FAULTS = {
     "training images not shuffled": Fault(
         broken="sorted by class",
         mended="in random order",
-        symptom="every batch is of one class, and the last one is all that is remembered",
+        symptom="nearly every batch is of one class, and earlier classes are forgotten",
         measured="validation accuracy (%)",
         measure=last_accuracy,
     ),
@@ -1230,6 +1233,11 @@ VARIED = {
 }
 
 
+def sweep_of(name: str) -> tuple[str, str, bool]:
+    """An experiment's entry of SWEEPS; one of the user's own, without entry, goes by its name."""
+    return SWEEPS.get(name, (name, "value", False))
+
+
 def draw_all(folder: Path) -> None:
     """Every picture and summary.md of the folder's rows; DataError if there are none."""
     runs = metrics.load_rows(folder / "runs.csv")
@@ -1255,8 +1263,9 @@ def draw_all(folder: Path) -> None:
             pictures.add(
                 metrics.draw_confusion, folder / f"confusion_{name}.png", matrix, CLASSES, title
             )
-    for name, (question, varied, ordered) in SWEEPS.items():
-        if name in by_experiment:
+    for name in EXPERIMENTS:
+        if name in by_experiment and name not in (*SELECTED, *VARIED, "faults"):
+            question, varied, ordered = sweep_of(name)
             rows = by_experiment[name]
             title = f"{question} {duration_of(rows)}"
             path = folder / f"sweep_{name}.png"
@@ -1453,7 +1462,7 @@ def write_summary(folder: Path, runs: pd.DataFrame) -> None:
         rows = runs[runs["experiment"] == name]
         if len(rows) and name not in (*SELECTED, "faults"):
             note = f"**Validation images** {duration_of(rows)}".strip()
-            varied = SWEEPS[name][1] if name in SWEEPS else VARIED[name]
+            varied = VARIED.get(name, sweep_of(name)[1])
             table = metrics.score_table(rows, "val_", "value", varied)
             picture = f"![{name}](sweep_{name}.png)"
             sections[f"Sweep: {name.replace('_', ' ')}"] = [note, table, picture]
@@ -1690,7 +1699,7 @@ def parse(arguments: list[str]):
         command = tyro.cli(COMMANDS[first], prog=f"{SCRIPT} {first}", args=arguments, **options)
         command.check()
         if isinstance(command, Common):
-            device_of(command.device)
+            device_of(command.device)  # ValueError if this machine has none
     except ValueError as error:
         print(f"{SCRIPT}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -1750,7 +1759,7 @@ def run_experiments(command: RunCommand) -> None:
     with claimed(folder):
         metrics.drop_rows_of_no_run(folder)
         todo, n_outdated = (runs, 0) if command.fresh else unfinished(runs, folder)
-        if todo:  # if any is missing, that is said first, and --fresh removes nothing
+        if todo:  # before --fresh removes rows: a missing data file ends the command here
             data = load_data(command.data_dir, command.download)
         if command.fresh:
             saved = metrics.load_rows(folder / "runs.csv", as_text=True)
@@ -1794,7 +1803,7 @@ def has_config(row: dict, config: Config) -> bool:
 
 
 def drop_outdated(runs: list[Run], folder: Path) -> None:
-    """Remove rows of these experiments with other seeds that are no longer what the table says."""
+    """Remove saved rows of these experiments whose value or Config is no longer in the table."""
     table = {(run.experiment, run.value): run.config for run in runs}
     rows = metrics.load_rows(folder / "runs.csv", as_text=True)
     is_outdated = []
@@ -1804,7 +1813,8 @@ def drop_outdated(runs: list[Run], folder: Path) -> None:
         is_gone = is_named and row["value"] not in EXPERIMENTS[row["experiment"]]
         is_outdated.append(is_gone or (config is not None and not has_config(row, config)))
     if any(is_outdated):
-        print(f"{sum(is_outdated)} rows of other settings or values, of other seeds, are removed")
+        reason = "EXPERIMENTS no longer has their value or settings"
+        print(f"{sum(is_outdated)} saved rows removed: {reason}")
         metrics.remove_runs(folder, np.array(is_outdated))
 
 
@@ -1887,9 +1897,9 @@ def results_of(
     origin = origin_of_rows(device)
     jobs = []
     for number, run in enumerate(runs):
-        gpu = f"cuda:{number % torch.cuda.device_count()}" if device == "cuda" else device
+        of_run = f"cuda:{number % torch.cuda.device_count()}" if device == "cuda" else device
         read_test = run.experiment in SELECTED
-        jobs.append(joblib.delayed(execute)(run, arrays, gpu, origin, read_test))
+        jobs.append(joblib.delayed(execute)(run, arrays, of_run, origin, read_test))
     if dask is not None:
         from dask.distributed import Client  # pip install "dask[distributed]"
 
@@ -1997,7 +2007,7 @@ def name_of_changes(config: Config) -> str:
     words = []
     for name, text in config_columns(config).items():
         if text != config_columns(BASE)[name]:
-            words.append(f"{name.replace('_', ' ')} {text.replace(' ', '-') or 'none'}")
+            words.append(f"{name.replace('_', ' ')} {text}")
     return ", ".join(words) or "defaults"
 
 
@@ -2042,7 +2052,7 @@ def read_garment(path: Path) -> np.ndarray:
 
 
 def read_grey(path: Path) -> np.ndarray:
-    """An image file of any size and mode as grey values 0 … 1, (H, W) of at most 400 pixels."""
+    """An image file of any size and mode as grey values 0 … 1, (H, W), each at most 400."""
     try:
         with Image.open(path) as opened:
             picture = ImageOps.exif_transpose(opened)

@@ -9,12 +9,15 @@ that this makes smaller.
     python stage3_attention.py benchmark              speed, beside what a user would take instead
     python stage3_attention.py plot                   draw figures/stage3/ again from its saved rows
 
+Results go to figures/stage3/. Runs that are found finished there, as the committed ones are, are
+not trained again: `--out out` trains them into out/.
+
 Read `attention` and `MultiHeadAttention` first: they are the whole idea. Then read
 `GroupedQueryAttention` (分组查询), of which `MultiQueryAttention` (多查询) is the other end, and
 `KVCache` (键值缓存). `EXPERIMENTS` is the table of everything that was tried.
 
-Config, Data, Model, Training and Experiments are the assignment; Pictures, Commands, predict,
-benchmark and demo are what surrounds it.
+Config, Data, Model, Training, Experiments, benchmark and demo are the assignment; Pictures,
+Commands and predict are what surrounds it.
 
 Axis letters in shape comments: B batch, T queries or tokens, S keys, D width of a token, H query
 heads, G key/value heads, d width of a head, F features of an input token, C classes, N images.
@@ -338,7 +341,7 @@ def wardrobe_of(split: Split) -> Wardrobe:
     return Wardrobe(split.images.flatten(1), order, sizes.cumsum(0) - sizes, sizes)
 
 
-def draw_sequences(wardrobe: Wardrobe, B: int, n: int, generator=None) -> tuple[Tensor, Tensor]:
+def sample_sequences(wardrobe: Wardrobe, B: int, n: int, generator=None) -> tuple[Tensor, Tensor]:
     """B sequences of n labelled garments and one without: tokens (B, n + 1, 792), answers (B,).
 
     The n garments are of n different classes. Their labels, 0 … 7, are drawn anew for every
@@ -370,7 +373,7 @@ def sequences_of(split: Split, n_sequences: int) -> Split:
     """Sequences of eight garments to judge by, the same ones for the same split on every device."""
     on_cpu = Split(split.images.cpu(), split.labels.cpu())
     generator = torch.Generator().manual_seed(2017)
-    tokens, y = draw_sequences(wardrobe_of(on_cpu), n_sequences, N_GARMENTS, generator)
+    tokens, y = sample_sequences(wardrobe_of(on_cpu), n_sequences, N_GARMENTS, generator)
     return Split(tokens.to(split.images.device), y.to(split.labels.device))
 
 
@@ -861,7 +864,7 @@ def evaluate(model: AttentionClassifier, split: Split) -> dict:
             module.training = flag
     predicted = logits.argmax(1)  # (N,)
     matrix = metrics.confusion_matrix(predicted, split.labels, logits.shape[1])
-    loss = F.cross_entropy(logits, split.labels).item()
+    loss = F.cross_entropy(logits, split.labels).item()  # by hand in stage 1
     return {**metrics.scores(matrix), "loss": loss, "confusion": matrix, "predicted": predicted}
 
 
@@ -906,10 +909,10 @@ def image_batches(split: Split, config: Config) -> Iterator[tuple[Tensor, Tensor
 def recall_batches(split: Split, config: Config) -> Iterator[tuple[Tensor, None, Tensor]]:
     """Sequences that are always new: tokens (B, n + 1, F), no mask, answers (B,)."""
     wardrobe = wardrobe_of(split)
-    numbers_of_garments = np.random.default_rng(config.seed)
+    rng = np.random.default_rng(config.seed)  # on the CPU: no number has to wait for the device
     while True:
-        n = int(numbers_of_garments.integers(config.fewest, N_GARMENTS + 1))
-        tokens, answers = draw_sequences(wardrobe, config.batch_size, n)
+        n = int(rng.integers(config.fewest, N_GARMENTS + 1))
+        tokens, answers = sample_sequences(wardrobe, config.batch_size, n)
         yield tokens, None, answers
 
 
@@ -934,9 +937,9 @@ def train(
     and on the validation images (of recall, on 2,000 sequences of each), so that the two compare.
     `epoch` is the number of updates over those of one pass over the images; recall draws new
     sequences instead of passes, and for it this is no more than a count of updates.
-    `on_row` is given each row as it comes. A `model` that is given is trained on, instead of a new
-    one. Between rows nothing waits for the device. A loss that is not finite ends the run at the
-    next row, which then holds it.
+    `on_row` is given each row as it comes. A `model` that is given is trained further; without
+    one a new one is built. Between rows nothing waits for the device. A loss that is not finite
+    ends the run at the next row, which then holds it.
     """
     config.check()
     used = Split(data.train.images[: config.n_train], data.train.labels[: config.n_train])
@@ -1106,8 +1109,8 @@ RECALLS = ("recall", "recall_equal_parameters")
 class Run(NamedTuple):
     """One training: its experiment, what is varied in it, and the Config with its seed."""
 
-    experiment: str  # a key of EXPERIMENTS
-    value: str  # a key of EXPERIMENTS[experiment]
+    experiment: str  # a key of EXPERIMENTS, or the name of a network of one's own
+    value: str  # a key of EXPERIMENTS[experiment], or that name again
     config: Config
 
     @property
@@ -1514,6 +1517,11 @@ READ_LIMIT = "reading every number once (sum)"
 CHANGED = 1e-6  # of the demo: a head that changes by more is changed, less is rounding
 
 
+def sweep_of(name: str) -> tuple[str, str, bool]:
+    """An experiment's entry of SWEEPS; one of the user's own, without entry, goes by its name."""
+    return SWEEPS.get(name, (name, "value", False))
+
+
 def draw_all(folder: Path) -> None:
     """Every picture and summary.md of the folder's rows; DataError if there are none."""
     runs = metrics.load_rows(folder / "runs.csv")
@@ -1543,7 +1551,10 @@ def draw_all(folder: Path) -> None:
         pictures.add(
             metrics.draw_sweep, folder / "sweep_kv_heads.png", selected, of_selected, title, varied
         )
-    for name, (question, varied, ordered) in SWEEPS.items():
+    for name in EXPERIMENTS:
+        if name in (*SELECTED, "faults"):
+            continue
+        question, varied, ordered = sweep_of(name)
         rows = rows_to_compare(runs, name)
         own = rows_to_compare(history, name)
         title = f"{question} {duration_of(rows)}"
@@ -1662,10 +1673,8 @@ def draw_demo(path: Path, rows: pd.DataFrame) -> None:
     largest = max(numbers_of(text).max() for text in rows["weights"])
     size = {"width": 15, "height": 3.5 * len(layers) + 0.6, "squeeze": False}
     with metrics.picture(path, title, len(layers), len(heads), **size) as panels:
-        for (layer, line), (place, head) in itertools.product(
-            zip(layers, panels, strict=True), enumerate(heads)
-        ):
-            axes = line[place]
+        cells = itertools.product(layers, heads)
+        for (layer, head), axes in zip(cells, panels.flat, strict=True):
             own = rows[(rows["layer"] == layer) & (rows["head"] == head)]
             table = np.stack([numbers_of(text) for text in own["weights"]])  # (6, 6)
             shown = axes.imshow(table, cmap="Blues", vmin=0, vmax=largest)
@@ -1904,7 +1913,7 @@ def draw_decode(path: Path, rows: pd.DataFrame) -> None:
 
 
 def duration_of(rows: pd.DataFrame) -> str:
-    """How long the runs of these rows are: "(15 epochs each)", "(600 steps each)", or nothing."""
+    """How long the runs of these rows are: "(14 epochs each)", "(300 steps each)", or nothing."""
     lengths = {
         f"({row['steps']:,} steps each)" if row["steps"] else f"({row['epochs']} epochs each)"
         for row in rows.to_dict("records")
@@ -1929,9 +1938,10 @@ def write_summary(folder: Path, runs: pd.DataFrame) -> None:
         rows = rows_to_compare(runs, "control")
         sections["Control: does attention do the work?"] = [
             "**Validation images.** `mha` (learned weights) beside the same network whose tokens "
-            "attend to all alike, to themselves alone, or not at all. *Itself alone* has as many "
-            "parameters as `mha`, *nothing* has fewer: the fair comparison is with *itself alone*. "
-            "The first four read the states of all tokens side by side, the last two their mean.",
+            "attend to all alike, to themselves alone, or not at all. *All alike* and *itself "
+            "alone* have as many parameters as `mha`, but their queries and keys decide nothing; "
+            "*nothing* has fewer, and does not do worse than *itself alone*. The first four "
+            "read the states of all tokens side by side, the last two their mean.",
             metrics.score_table(rows, "val_", "value", "what a row attends to"),
             "![control](sweep_control.png)",
         ]
@@ -1950,9 +1960,10 @@ def write_summary(folder: Path, runs: pd.DataFrame) -> None:
             if name == "recall" and (folder / "recall_maps.png").exists():
                 parts.append("![what the ninth garment attends to](recall_maps.png)")
             sections[heading] = parts
-    for name, (_, varied, _) in SWEEPS.items():
+    for name in EXPERIMENTS:
         rows = runs[runs["experiment"] == name]
-        if len(rows) and name not in ("control", *RECALLS):
+        if len(rows) and name not in (*SELECTED, "control", *RECALLS, "faults"):
+            varied = sweep_of(name)[1]
             parts = [f"**Validation images** {duration_of(rows)}".strip()]
             parts.append(metrics.score_table(rows, "val_", "value", varied))
             if name == "scale":
@@ -2001,7 +2012,9 @@ def selected_sections(folder: Path, selected: pd.DataFrame) -> dict[str, list[st
         sections["Are they different? McNemar's test"] = [
             "**The same test images**, named by `mha` and by another model of the same seed. Of n "
             "seeds: the mean difference with its 95 % t interval, the images that one of the two "
-            "alone names rightly (means), and each seed's p (exact, two-sided).",
+            "alone names rightly (means), and each seed's p (exact, two-sided). The interval is of "
+            "paired differences; the README's is Welch's, unpaired. A small p says that these two "
+            "trained networks differ, not that the methods do: that is what the interval is for.",
             metrics.markdown(tests),
         ]
     first = selected.drop_duplicates("experiment")
@@ -2357,7 +2370,7 @@ def parse(arguments: list[str]):
         command = tyro.cli(COMMANDS[first], prog=f"{SCRIPT} {first}", args=arguments, **options)
         command.check()
         if isinstance(command, Common):
-            device_of(command.device)
+            device_of(command.device)  # ValueError if this machine has none
     except ValueError as error:
         print(f"{SCRIPT}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -2417,7 +2430,7 @@ def run_experiments(command: RunCommand) -> None:
     with claimed(folder):
         metrics.drop_rows_of_no_run(folder)
         todo, n_outdated = (runs, 0) if command.fresh else unfinished(runs, folder)
-        if todo:  # if any is missing, that is said first, and --fresh removes nothing
+        if todo:  # before --fresh removes rows: a missing data file ends the command here
             data = load_data(command.data_dir, command.download)
         if command.fresh:
             saved = metrics.load_rows(folder / "runs.csv", as_text=True)
@@ -2465,7 +2478,7 @@ def has_config(row: dict, config: Config) -> bool:
 
 
 def drop_outdated(runs: list[Run], folder: Path) -> None:
-    """Remove rows of these experiments with other seeds that are no longer what the table says."""
+    """Remove saved rows of these experiments whose value or Config is no longer in the table."""
     table = {(run.experiment, run.value): run.config for run in runs}
     rows = metrics.load_rows(folder / "runs.csv", as_text=True)
     is_outdated = []
@@ -2475,7 +2488,8 @@ def drop_outdated(runs: list[Run], folder: Path) -> None:
         is_gone = is_named and row["value"] not in EXPERIMENTS[row["experiment"]]
         is_outdated.append(is_gone or (config is not None and not has_config(row, config)))
     if any(is_outdated):
-        print(f"{sum(is_outdated)} rows of other settings or values, of other seeds, are removed")
+        reason = "EXPERIMENTS no longer has their value or settings"
+        print(f"{sum(is_outdated)} saved rows removed: {reason}")
         metrics.remove_runs(folder, np.array(is_outdated))
 
 
@@ -2558,9 +2572,9 @@ def results_of(
     origin = origin_of_rows(device)
     jobs = []
     for number, run in enumerate(runs):
-        gpu = f"cuda:{number % torch.cuda.device_count()}" if device == "cuda" else device
+        of_run = f"cuda:{number % torch.cuda.device_count()}" if device == "cuda" else device
         read_test = run.experiment in (*SELECTED, *RECALLS)
-        jobs.append(joblib.delayed(execute)(run, arrays, gpu, origin, read_test))
+        jobs.append(joblib.delayed(execute)(run, arrays, of_run, origin, read_test))
     if dask is not None:
         from dask.distributed import Client  # pip install "dask[distributed]"
 
@@ -2718,7 +2732,7 @@ def read_garment(path: Path) -> np.ndarray:
 
 
 def read_grey(path: Path) -> np.ndarray:
-    """An image file of any size and mode as grey values 0 … 1, (H, W) of at most 400 pixels."""
+    """An image file of any size and mode as grey values 0 … 1, (H, W), each at most 400."""
     try:
         with Image.open(path) as opened:
             picture = ImageOps.exif_transpose(opened)

@@ -371,8 +371,22 @@ def test_what_is_finished_is_found_and_what_is_outdated_is_trained_again(
     metrics.save_rows(folder / "runs.csv", pd.concat([rows, *old]))
     capsys.readouterr()
     assert stage.main(command) == 0
-    assert "2 rows of other settings" in capsys.readouterr().out
+    assert "2 saved rows removed" in capsys.readouterr().out
     pd.testing.assert_frame_equal(rows_of(folder), rows)
+
+
+def test_an_experiment_of_ones_own_is_one_entry_of_the_table(
+    stage, tmp_path, folder_of, monkeypatch
+):
+    values = {"slow": stage.replace(stage.BASE, lr=1e-4), "fast": stage.BASE}
+    monkeypatch.setitem(stage.EXPERIMENTS, "my_rates", values)
+    assert stage.main(["--smoke", "--only", "my_rates", "--out", str(tmp_path)]) == 0
+    folder = folder_of(tmp_path)
+    assert rows_of(folder)["value"].tolist() == ["slow", "fast"]
+    assert (folder / "sweep_my_rates.png").exists()
+    summary = (folder / "summary.md").read_text(encoding="utf-8")
+    section = summary.split("\n## Sweep: my")[1]
+    assert "| slow " in section and "| fast " in section
 
 
 SHRINK = """

@@ -799,7 +799,7 @@ def test_sequences_are_what_they_say(data):
     class_of = {image.numpy().tobytes(): c.item() for image, c in zip(*split, strict=True)}
     torch.manual_seed(3)
     for n in (1, 2, 5, 8):
-        tokens, answers = stage.draw_sequences(wardrobe, 200, n)
+        tokens, answers = stage.sample_sequences(wardrobe, 200, n)
         assert tokens.shape == (200, n + 1, 792)
         asked = torch.zeros(8)
         for sequence, answer in zip(tokens, answers.tolist(), strict=True):
@@ -817,7 +817,7 @@ def test_sequences_are_what_they_say(data):
             assert images[place] != images[-1]  # but another image
             asked[place] += 1
         assert asked[:n].min() > 0
-    again = stage.draw_sequences(wardrobe, 200, 8)[0]
+    again = stage.sample_sequences(wardrobe, 200, 8)[0]
     assert not torch.equal(again, tokens)
     one, two = stage.sequences_of(split, 50), stage.sequences_of(split, 50)
     assert torch.equal(one.images, two.images)
@@ -826,7 +826,7 @@ def test_sequences_are_what_they_say(data):
 
 def test_every_label_is_drawn_alike_for_every_class(data):
     """Else a label would mean something outside of its sequence."""
-    tokens, answers = stage.draw_sequences(stage.wardrobe_of(data.val), 20_000, 8)
+    tokens, answers = stage.sample_sequences(stage.wardrobe_of(data.val), 20_000, 8)
     torch.manual_seed(0)
     share = answers.bincount(minlength=8) / len(answers)
     assert (share - 1 / 8).abs().max() < 0.01
@@ -855,7 +855,7 @@ def test_recall_learns_from_what_it_looks_back_at(data):
     config = replace(config, warmup=0.5, steps=200, n_logs=1)
     model, _ = stage.train(config, data._replace(val=stage.every_50th(data.val)))
     torch.manual_seed(1)
-    tokens, answers = stage.draw_sequences(stage.wardrobe_of(data.val), 500, 2)
+    tokens, answers = stage.sample_sequences(stage.wardrobe_of(data.val), 500, 2)
     assert stage.evaluate(model, stage.Split(tokens, answers))["accuracy"] > 0.65
 
 
