@@ -1180,7 +1180,7 @@ class Command:
 class Common(Command):
     """Flags of every command that computes."""
 
-    out: Path | None = None  # results go to OUT/stage1; without it to figures/, of train to out/
+    out: Path | None = None  # results go to OUT/stage1; default: figures/, for train out/
     data_dir: Path = HERE / "data"  # holds MNIST/raw with its four files, packed or not
     download: bool = False  # let torchvision fetch the data first
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto takes a GPU if there is one
@@ -1813,15 +1813,15 @@ def benchmark(command: BenchmarkCommand) -> None:
         print(f"{row['ratio']:.2f}  {row['name']}")
 
 
-def seconds_in_turn(works: dict[str, Callable], repeats: int) -> dict[str, float]:
-    """Median seconds of each work, in turn: what else the machine does falls on all alike."""
+def seconds_in_turn(calls: dict[str, Callable], repeats: int) -> dict[str, float]:
+    """Median seconds of each call, in turn: what else the machine does falls on all alike."""
     from torch.utils.benchmark import Timer
 
     threads = torch.get_num_threads()
-    seconds = {name: [] for name in works}
+    seconds = {name: [] for name in calls}
     for _ in range(repeats):
-        for name, work in works.items():
-            timer = Timer("work()", globals={"work": work}, num_threads=threads)
+        for name, call in calls.items():
+            timer = Timer("call()", globals={"call": call}, num_threads=threads)
             seconds[name].append(timer.timeit(1).mean)  # which warms up by itself
     return {name: float(np.median(values)) for name, values in seconds.items()}
 
@@ -1857,9 +1857,9 @@ def time_epoch(data: Data, device: str, repeats: int, n_train: int) -> list[dict
             loss.backward()
             optimizer.step()
 
-    works = {"ours": partial(train, config, data)}
-    works |= {n: partial(through_dataloader, n) for n in (0, 2)}
-    seconds = seconds_in_turn(works, repeats)
+    calls = {"ours": partial(train, config, data)}
+    calls |= {n: partial(through_dataloader, n) for n in (0, 2)}
+    seconds = seconds_in_turn(calls, repeats)
     name = f"an epoch of {n_train:,} images / through a DataLoader,"
     return [ratio_row(f"{name} {n} workers", seconds["ours"], seconds[n], "s") for n in (0, 2)]
 
@@ -1867,7 +1867,7 @@ def time_epoch(data: Data, device: str, repeats: int, n_train: int) -> list[dict
 def time_steps(data: Data, device: str, repeats: int, n_steps: int) -> list[dict]:
     """A training step beside its matrix products, and these beside a 1024 × 1024 product's rate."""
     square = torch.randn(1024, 1024, device=device)
-    works = {"square": partial(multiply_all, [(square, square)], n_steps)}
+    calls = {"square": partial(multiply_all, [(square, square)], n_steps)}
     layers = list(itertools.pairwise((784, *BASE.hidden, 10)))
     gflop = {}
     for B in (128, 512, 2048):
@@ -1879,11 +1879,11 @@ def time_steps(data: Data, device: str, repeats: int, n_steps: int) -> list[dict
             (torch.randn(m, k, device=device), torch.randn(k, n, device=device))
             for m, k, n in shapes
         ]
-        works[f"products {B}"] = partial(multiply_all, pairs, n_steps)
-        works[f"steps {B}"] = partial(
+        calls[f"products {B}"] = partial(multiply_all, pairs, n_steps)
+        calls[f"steps {B}"] = partial(
             train, replace(BASE, steps=n_steps, n_logs=1, batch_size=B), data
         )
-    milliseconds = {k: 1000 * v / n_steps for k, v in seconds_in_turn(works, repeats).items()}
+    milliseconds = {k: 1000 * v / n_steps for k, v in seconds_in_turn(calls, repeats).items()}
     rows = []
     for B in gflop:
         products = milliseconds[f"products {B}"]
@@ -1907,11 +1907,11 @@ def time_report(repeats: int) -> list[dict]:
     from sklearn.metrics import confusion_matrix as theirs
 
     predicted, target = np.random.default_rng(0).integers(0, 10, (2, 1_000_000))
-    works = {
+    calls = {
         "ours": lambda: metrics.report(metrics.confusion_matrix(predicted, target, 10)),
         "theirs": lambda: theirs(target, predicted),
     }
-    seconds = seconds_in_turn(works, repeats)
+    seconds = seconds_in_turn(calls, repeats)
     name = "matrix and report of a million predictions / scikit-learn's matrix alone"
     return [ratio_row(name, 1000 * seconds["ours"], 1000 * seconds["theirs"], "ms")]
 

@@ -1543,7 +1543,7 @@ class Command:
 class Common(Command):
     """Flags of every command that computes."""
 
-    out: Path | None = None  # results go to OUT/stage2; without it to figures/, of train to out/
+    out: Path | None = None  # results go to OUT/stage2; default: figures/, for train out/
     data_dir: Path = HERE / "data"  # holds FashionMNIST/raw with its four files, packed or not
     download: bool = False  # let torchvision fetch the data first
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto takes a GPU if there is one
@@ -2192,8 +2192,8 @@ def time_steps(
     milliseconds = [[], []]
     for _ in range(5):
         for model, times in zip(models, milliseconds, strict=True):
-            work = partial(train_steps, model.to(images.device))
-            timer = Timer("work()", globals={"work": work}, num_threads=threads)
+            call = partial(train_steps, model.to(images.device))
+            timer = Timer("call()", globals={"call": call}, num_threads=threads)
             times.append(1000 * timer.timeit(1).mean / n_steps)  # which warms up by itself
     ours, theirs = (float(np.median(times)) for times in milliseconds)
     return ours, theirs

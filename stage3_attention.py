@@ -2196,7 +2196,7 @@ class Command:
 class Common(Command):
     """Flags of every command that computes."""
 
-    out: Path | None = None  # results go to OUT/stage3; without it to figures/, of train to out/
+    out: Path | None = None  # results go to OUT/stage3; default: figures/, for train out/
     data_dir: Path = HERE / "data"  # holds FashionMNIST/raw with its four files, packed or not
     download: bool = False  # let torchvision fetch the data first
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto takes a GPU if there is one
@@ -2843,15 +2843,15 @@ def benchmark(command: BenchmarkCommand) -> None:
         print(f"{row['ratio']:.2f}  {row['name']}")
 
 
-def seconds_in_turn(works: dict[str, Callable], repeats: int) -> dict[str, float]:
-    """Median seconds of each work, in turn: what else the machine does falls on all alike."""
+def seconds_in_turn(calls: dict[str, Callable], repeats: int) -> dict[str, float]:
+    """Median seconds of each call, in turn: what else the machine does falls on all alike."""
     from torch.utils.benchmark import Timer
 
     threads = torch.get_num_threads()
-    seconds = {name: [] for name in works}
+    seconds = {name: [] for name in calls}
     for _ in range(repeats):
-        for name, work in works.items():
-            timer = Timer("work()", globals={"work": work}, num_threads=threads)
+        for name, call in calls.items():
+            timer = Timer("call()", globals={"call": call}, num_threads=threads)
             seconds[name].append(timer.timeit(1).mean)  # which warms up by itself
     return {name: float(np.median(values)) for name, values in seconds.items()}
 
@@ -2860,9 +2860,9 @@ def ratio_row(name: str, first: float, second: float, unit: str) -> dict:
     return {"name": name, "first": first, "second": second, "unit": unit, "ratio": first / second}
 
 
-def repeated(work: Callable, times: int) -> None:
+def repeated(call: Callable, times: int) -> None:
     for _ in range(times):
-        result = work()
+        result = call()
     result[0].sum().item()  # wait for the device
 
 
