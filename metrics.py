@@ -15,6 +15,7 @@ whose column the predicted one.
 
 import contextlib
 import math
+import multiprocessing
 import os
 import re
 import signal
@@ -466,9 +467,12 @@ class Pictures:
     def draw(self) -> None:
         """Carry out the calls: on Linux by forked copies of this process, one a core, which have
         nothing to import or load; elsewhere one after the other."""
-        n_cores = joblib.cpu_count() if sys.platform == "linux" else 1
-        options = {"backend": "multiprocessing", "initializer": leave_signals, "max_nbytes": None}
-        parallel = joblib.Parallel(max(1, min(n_cores, len(self.calls))), batch_size=1, **options)
+        n_jobs = max(1, min(joblib.cpu_count(), len(self.calls)))
+        options = {"initializer": leave_signals, "max_nbytes": None, "batch_size": 1}
+        if sys.platform == "linux":
+            parallel = joblib.Parallel(n_jobs, multiprocessing.get_context("fork"), **options)
+        else:
+            parallel = joblib.Parallel(1)
         try:
             parallel(self.calls)
         except BaseException:  # the copies were ended, perhaps while they wrote
