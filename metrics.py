@@ -340,26 +340,26 @@ def markdown(rows: list[dict] | pd.DataFrame) -> str:
 
 
 def score_table(
-    runs: pd.DataFrame, images: str, by: str = "value", heading: str = "", whole: bool = False
+    runs: pd.DataFrame, prefix: str, by: str = "value", heading: str = "", all_scores: bool = False
 ) -> str:
     """Markdown, a line for every value of column `by`: accuracy, its t interval and the loss.
 
-    `images` is "val_" or "test_". `whole` adds macro precision, recall and F1, which on classes of
-    nearly equal size say what accuracy says. Scores in %, mean ± standard deviation over n seeds;
-    the loss is a mean, in nats.
+    `prefix` is "val_" or "test_". `all_scores` adds macro precision, recall and F1, which on
+    classes of nearly equal size say what accuracy says. Scores in %, mean ± standard deviation over
+    n seeds; the loss is a mean, in nats.
     """
     table = []
     for value, found in runs.groupby(by, sort=False):
-        accuracy = summarise(100 * found[f"{images}accuracy"])
+        accuracy = summarise(100 * found[f"{prefix}accuracy"])
         n_diverged = (found["status"] == "diverged").sum()
         low = max(accuracy.mean - accuracy.half, 0.0)
         high = min(accuracy.mean + accuracy.half, 100.0)
         line = {heading or by: value, "accuracy %": str(accuracy)}
         line["95 % t interval"] = f"{low:.2f} … {high:.2f}" if accuracy.n > 1 else "–"
-        for score in ("precision", "recall", "F1") if whole else ():
-            column = f"{images}macro_{score.lower()}"
+        for score in ("precision", "recall", "F1") if all_scores else ():
+            column = f"{prefix}macro_{score.lower()}"
             line[f"macro {score} %"] = str(summarise(100 * found[column]))
-        line["loss (nats)"] = f"{found[f'{images}loss'].mean(skipna=False):.4f}"
+        line["loss (nats)"] = f"{found[f'{prefix}loss'].mean(skipna=False):.4f}"
         line["parameters"] = f"{found['parameters'].iloc[0]:,.0f}"
         line["n"] = f"{accuracy.n}, {n_diverged} diverged" if n_diverged else str(accuracy.n)
         table.append(line)
@@ -461,8 +461,9 @@ class Pictures:
     def __init__(self):
         self.calls = []
 
-    def add(self, draw, *arguments, **options) -> None:
-        self.calls.append(joblib.delayed(draw)(*arguments, **options))
+    def add(self, draw, path: Path, *arguments, **options) -> None:
+        """Put off draw(path, …), which writes the picture to the path."""
+        self.calls.append(joblib.delayed(draw)(path, *arguments, **options))
 
     def draw(self) -> None:
         """Carry out the calls: on Linux by forked copies of this process, one a core, which have
@@ -476,8 +477,7 @@ class Pictures:
         try:
             parallel(self.calls)
         except BaseException:  # the copies were ended, perhaps while they wrote
-            for _, arguments, _ in self.calls:
-                path = arguments[0]  # every drawing function takes it first
+            for _, (path, *_), _ in self.calls:
                 for aside in path.parent.glob(f"{path.name}.*.aside"):
                     aside.unlink(missing_ok=True)
             raise

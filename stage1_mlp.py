@@ -1126,7 +1126,7 @@ def write_summary(folder: Path, runs: pd.DataFrame) -> None:
         sections["Selected models, test images"] = [
             "**Test images**, read once for each run, at its end. The loss is plain cross-entropy: "
             "label smoothing in training (`baseline`) makes it larger at the same accuracy.",
-            metrics.score_table(selected, "test_", "experiment", whole=True),
+            metrics.score_table(selected, "test_", "experiment", all_scores=True),
         ]
         sections["Selected models, validation images"] = [
             "**Validation images**, on which these models were chosen.",
@@ -1145,8 +1145,8 @@ def write_summary(folder: Path, runs: pd.DataFrame) -> None:
         if len(rows) and name not in (*SELECTED, "faults"):
             note = f"**Validation images** {duration_of(rows)}".strip()
             varied = VARIED.get(name, sweep_of(name)[1])
-            whole = name in THE_BRIEF  # which asks for all metrics under every condition
-            table = metrics.score_table(rows, "val_", "value", varied, whole)
+            all_scores = name in THE_BRIEF  # which asks for all metrics under every condition
+            table = metrics.score_table(rows, "val_", "value", varied, all_scores)
             picture = f"![{name}](sweep_{name}.png)"
             sections[f"Sweep: {name.replace('_', ' ')}"] = [note, table, picture]
     faults = metrics.load_rows(folder / "faults.csv")
@@ -1323,7 +1323,7 @@ def parse(arguments: list[str]):
     first = arguments[0] if arguments else ""
     options = {"config": (tyro.conf.FlagCreatePairsOff,)}
     try:
-        if first in ("-h", "--help"):  # of all commands
+        if first in ("-h", "--help"):  # of all commands; with it the program ends
             kinds = [Annotated[kind, tyro.conf.subcommand(name)] for name, kind in COMMANDS.items()]
             of_any = Union[tuple(kinds)]  # noqa: UP007
             tyro.cli(of_any, prog=SCRIPT, description=__doc__, args=arguments, **options)
@@ -1395,7 +1395,10 @@ def run_experiments(command: RunCommand) -> None:
     runs = runs_of(experiments, 1 if command.smoke else command.seeds, command.smoke)
     with claimed(folder):
         metrics.drop_rows_of_no_run(folder)
-        todo, n_outdated = (runs, 0) if command.fresh else unfinished(runs, folder)
+        todo = runs
+        n_outdated = 0
+        if not command.fresh:
+            todo, n_outdated = unfinished(runs, folder)
         if todo:  # before --fresh removes rows: a missing data file ends the command here
             data = load_data(command.data_dir, command.download)
         if command.fresh:
@@ -1532,9 +1535,11 @@ def results_of(
     origin = origin_of_rows(device)
     jobs = []
     for number, run in enumerate(runs):
-        of_run = f"cuda:{number % torch.cuda.device_count()}" if device == "cuda" else device
+        device_of_run = device
+        if device == "cuda":
+            device_of_run = f"cuda:{number % torch.cuda.device_count()}"
         read_test = run.experiment in SELECTED
-        jobs.append(joblib.delayed(execute)(run, arrays, of_run, origin, read_test))
+        jobs.append(joblib.delayed(execute)(run, arrays, device_of_run, origin, read_test))
     if dask is not None:
         from dask.distributed import Client  # pip install "dask[distributed]"
 
@@ -1907,10 +1912,11 @@ def time_report(repeats: int) -> list[dict]:
     from sklearn.metrics import confusion_matrix as theirs
 
     predicted, target = np.random.default_rng(0).integers(0, 10, (2, 1_000_000))
-    calls = {
-        "ours": lambda: metrics.report(metrics.confusion_matrix(predicted, target, 10)),
-        "theirs": lambda: theirs(target, predicted),
-    }
+
+    def ours() -> str:
+        return metrics.report(metrics.confusion_matrix(predicted, target, 10))
+
+    calls = {"ours": ours, "theirs": partial(theirs, target, predicted)}
     seconds = seconds_in_turn(calls, repeats)
     name = "matrix and report of a million predictions / scikit-learn's matrix alone"
     return [ratio_row(name, 1000 * seconds["ours"], 1000 * seconds["theirs"], "ms")]

@@ -2004,7 +2004,7 @@ def selected_sections(folder: Path, selected: pd.DataFrame) -> dict[str, list[st
         "Selected models, test images": [
             "**Test images**, read once for each run, at its end. The loss is plain cross-entropy: "
             "label smoothing in training makes it larger at the same accuracy.",
-            metrics.score_table(selected, "test_", "experiment", whole=True),
+            metrics.score_table(selected, "test_", "experiment", all_scores=True),
         ]
     }
     tests = mcnemar_rows(folder, selected)
@@ -2357,7 +2357,7 @@ def parse(arguments: list[str]):
     first = arguments[0] if arguments else ""
     options = {"config": (tyro.conf.FlagCreatePairsOff,)}
     try:
-        if first in ("-h", "--help"):  # of all commands
+        if first in ("-h", "--help"):  # of all commands; with it the program ends
             kinds = [Annotated[kind, tyro.conf.subcommand(name)] for name, kind in COMMANDS.items()]
             of_any = Union[tuple(kinds)]  # noqa: UP007
             tyro.cli(of_any, prog=SCRIPT, description=__doc__, args=arguments, **options)
@@ -2429,7 +2429,10 @@ def run_experiments(command: RunCommand) -> None:
     runs = runs_of(experiments, 1 if command.smoke else command.seeds, command.smoke)
     with claimed(folder):
         metrics.drop_rows_of_no_run(folder)
-        todo, n_outdated = (runs, 0) if command.fresh else unfinished(runs, folder)
+        todo = runs
+        n_outdated = 0
+        if not command.fresh:
+            todo, n_outdated = unfinished(runs, folder)
         if todo:  # before --fresh removes rows: a missing data file ends the command here
             data = load_data(command.data_dir, command.download)
         if command.fresh:
@@ -2572,9 +2575,11 @@ def results_of(
     origin = origin_of_rows(device)
     jobs = []
     for number, run in enumerate(runs):
-        of_run = f"cuda:{number % torch.cuda.device_count()}" if device == "cuda" else device
+        device_of_run = device
+        if device == "cuda":
+            device_of_run = f"cuda:{number % torch.cuda.device_count()}"
         read_test = run.experiment in (*SELECTED, *RECALLS)
-        jobs.append(joblib.delayed(execute)(run, arrays, of_run, origin, read_test))
+        jobs.append(joblib.delayed(execute)(run, arrays, device_of_run, origin, read_test))
     if dask is not None:
         from dask.distributed import Client  # pip install "dask[distributed]"
 

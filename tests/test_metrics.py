@@ -1,7 +1,12 @@
 """metrics.py: its arithmetic against scikit-learn; its tables against loss and halves."""
 
 import math
+import os
+import signal
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -272,7 +277,7 @@ def test_score_table_holds_means_intervals_and_what_diverged():
     interval = f"{low:.2f} … {min(high, 100):.2f}"
     assert cells[0] == ["a", "91.00 ± 1.41", interval, "0.5000", "1,234", "2"]
     assert cells[1][3:] == ["nan", "1,234", "2, 1 diverged"]
-    lines = metrics.score_table(rows, "val_", whole=True).splitlines()
+    lines = metrics.score_table(rows, "val_", all_scores=True).splitlines()
     cells = [cell.strip() for cell in lines[2].strip("|").split("|")]
     assert cells[3:6] == ["80.00 ± 14.14", "92.00 ± 2.83", "85.00 ± 7.07"]
 
@@ -330,3 +335,59 @@ def test_ratios_and_their_table(tmp_path):
     assert (tmp_path / "ratios.png").read_bytes().startswith(b"\x89PNG")
     cells = [cell.strip() for cell in metrics.ratio_table(rows).splitlines()[2].split("|")]
     assert cells[1:6] == ["ours / theirs", "0.394", "3.13", "s", "0.13"]
+
+
+def break_off(path):
+    """As a drawing that fails after half a file."""
+    with metrics.written_aside(path) as aside:
+        aside.write_text("half")
+        raise ValueError(f"no {path.name}, in process {os.getpid()}")
+
+
+def test_a_picture_that_cannot_be_drawn_is_told_by_the_first_process(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "2")
+    pictures = metrics.Pictures()
+    for name in ("a.png", "b.png"):
+        pictures.add(break_off, tmp_path / name)
+    with pytest.raises(ValueError, match=r"no [ab]\.png, in process") as told:
+        pictures.draw()
+    if sys.platform == "linux":
+        assert f"process {os.getpid()}" not in str(told.value)  # it was a copy that drew
+    assert not list(tmp_path.iterdir())
+
+
+STOPPED = """
+import os, sys, time
+from pathlib import Path
+import metrics
+
+def wait(path):
+    with metrics.written_aside(path) as aside:
+        aside.write_text("half")
+        os.write(1, b"drawing\\n")
+        time.sleep(300)
+
+pictures = metrics.Pictures()
+pictures.add(wait, Path(sys.argv[1]) / "a.png")
+pictures.add(wait, Path(sys.argv[1]) / "b.png")
+try:
+    pictures.draw()
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+
+
+def test_ctrl_c_ends_what_is_being_drawn_and_leaves_no_half_file(tmp_path):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    options |= {"env": os.environ | {"LOKY_MAX_CPU_COUNT": "2"}, "start_new_session": True}
+    folder = Path(metrics.__file__).parent
+    command = [sys.executable, "-c", STOPPED, str(tmp_path)]
+    with subprocess.Popen(command, cwd=folder, **options) as process:
+        signal.signal(signal.SIGINT, before)
+        assert [process.stdout.readline() for _ in range(2)] == ["drawing\n"] * 2
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the copies get it, too
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert error == ""
+    assert not list(tmp_path.iterdir())
