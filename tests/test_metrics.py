@@ -1,12 +1,12 @@
 """metrics.py: its arithmetic against scikit-learn; its tables against loss and halves."""
 
 import math
+import multiprocessing
 import os
 import signal
-import subprocess
 import sys
+import time
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -356,38 +356,37 @@ def test_a_picture_that_cannot_be_drawn_is_told_by_the_first_process(tmp_path, m
     assert not list(tmp_path.iterdir())
 
 
-STOPPED = """
-import os, sys, time
-from pathlib import Path
-import metrics
-
-def wait(path):
+def wait_in_the_middle(path, writer):
     with metrics.written_aside(path) as aside:
         aside.write_text("half")
-        os.write(1, b"drawing\\n")
+        os.write(writer, b".")
         time.sleep(300)
 
-pictures = metrics.Pictures()
-pictures.add(wait, Path(sys.argv[1]) / "a.png")
-pictures.add(wait, Path(sys.argv[1]) / "b.png")
-try:
-    pictures.draw()
-except KeyboardInterrupt:
-    sys.exit(130)
-"""
+
+def draw_until_stopped(folder, writer):
+    """As a program that somebody stops by Ctrl-C while two of its pictures are drawn."""
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ["LOKY_MAX_CPU_COUNT"] = "2"
+    pictures = metrics.Pictures()
+    for name in ("a.png", "b.png"):
+        pictures.add(wait_in_the_middle, folder / name, writer)
+    try:
+        pictures.draw()
+    except KeyboardInterrupt:
+        os._exit(130)
 
 
-def test_ctrl_c_ends_what_is_being_drawn_and_leaves_no_half_file(tmp_path):
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    options |= {"env": os.environ | {"LOKY_MAX_CPU_COUNT": "2"}, "start_new_session": True}
-    folder = Path(metrics.__file__).parent
-    command = [sys.executable, "-c", STOPPED, str(tmp_path)]
-    with subprocess.Popen(command, cwd=folder, **options) as process:
-        signal.signal(signal.SIGINT, before)
-        assert [process.stdout.readline() for _ in range(2)] == ["drawing\n"] * 2
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the copies get it, too
-        _, error = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert error == ""
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere no process is forked")
+def test_ctrl_c_ends_what_is_being_drawn_and_leaves_no_half_file(tmp_path, capfd):
+    reader, writer = os.pipe()
+    fork = multiprocessing.get_context("fork")
+    process = fork.Process(target=draw_until_stopped, args=(tmp_path, writer))
+    process.start()
+    assert [os.read(reader, 1) for _ in range(2)] == [b"."] * 2
+    assert len(list(tmp_path.iterdir())) == 2
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the copies get it, too
+    process.join(60)
+    assert process.exitcode == 130
+    assert capfd.readouterr().err == ""
     assert not list(tmp_path.iterdir())
