@@ -758,7 +758,7 @@ def test_the_readout_is_of_all_states_side_by_side_their_mean_or_the_last():
 
 
 def test_uniform_weights_are_and_stay_uniform(data):
-    small = data._replace(val=stage.every_50th(data.val))
+    small = data._replace(val=stage.every_nth(data.val, 50))
     model, _ = stage.train(replace(SMALL, attends="uniform"), small)
     _, weights = model.eval().states(data.val.images[:4])
     for of_block in weights:
@@ -838,7 +838,7 @@ def test_every_label_is_drawn_alike_for_every_class(data):
 @pytest.mark.parametrize("attends", ["nothing", "itself"])
 def test_who_does_not_look_back_stays_at_chance(data, attends):
     """The answer is the same whatever the first eight are: right for an eighth of all orders."""
-    small = data._replace(val=stage.every_50th(data.val))
+    small = data._replace(val=stage.every_nth(data.val, 50))
     model, _ = stage.train(replace(RECALL, attends=attends), small)
     sequences = stage.sequences_of(data.val, 400)
     changed = sequences.images.clone()
@@ -853,7 +853,7 @@ def test_recall_learns_from_what_it_looks_back_at(data):
     """Of two garments, more than half are answered rightly: not only which labels there are."""
     config = replace(stage.RECALL, d_model=64, d_ff=0, batch_size=64, n_train=20_000, fewest=1)
     config = replace(config, warmup=0.5, steps=200, n_logs=1)
-    model, _ = stage.train(config, data._replace(val=stage.every_50th(data.val)))
+    model, _ = stage.train(config, data._replace(val=stage.every_nth(data.val, 50)))
     torch.manual_seed(1)
     tokens, answers = stage.sample_sequences(stage.wardrobe_of(data.val), 500, 2)
     assert stage.evaluate(model, stage.Split(tokens, answers))["accuracy"] > 0.65
@@ -905,7 +905,7 @@ def test_sharing_heads_that_are_equal_changes_nothing():
 
 
 def test_upcycling_goes_on_from_the_averaged_weights(data):
-    data = data._replace(val=stage.every_50th(data.val))
+    data = data._replace(val=stage.every_nth(data.val, 50))
     config = replace(SMALL, d_model=16, n_heads=8, n_kv_heads=8, steps=40, n_logs=1)
     model, _ = stage.train(config, data)
     rows = stage.upcycling(model, config, data)
@@ -999,7 +999,7 @@ def test_the_learning_rate_rises_and_falls():
 
 
 def test_history_holds_what_evaluate_gives_on_the_images_that_were_used(data):
-    data = data._replace(val=stage.every_50th(data.val))
+    data = data._replace(val=stage.every_nth(data.val, 50))
     model, history = stage.train(replace(SMALL, dropout=0.3), data)
     seen = stage.evaluate(model, stage.Split(*(part[:300] for part in data.train)))
     val = stage.evaluate(model, data.val)
@@ -1011,7 +1011,7 @@ def test_history_holds_what_evaluate_gives_on_the_images_that_were_used(data):
 
 @pytest.mark.parametrize("config", [replace(SMALL, dropout=0.2), RECALL])
 def test_the_same_seed_gives_the_same_history(data, config):
-    small = data._replace(val=stage.every_50th(data.val))
+    small = data._replace(val=stage.every_nth(data.val, 50))
 
     def history_of(seed):
         _, history = stage.train(replace(config, steps=4, seed=seed), small)
@@ -1022,7 +1022,7 @@ def test_the_same_seed_gives_the_same_history(data, config):
 
 @pytest.mark.parametrize("config", [SMALL, RECALL])
 def test_nothing_waits_for_the_device_between_log_rows(data, monkeypatch, config):
-    small = data._replace(val=stage.every_50th(data.val))
+    small = data._replace(val=stage.every_nth(data.val, 50))
     reads = []
     for name in ("item", "__bool__", "__float__", "__int__", "tolist", "cpu", "numpy"):
         original = getattr(torch.Tensor, name)
@@ -1058,7 +1058,7 @@ def test_evaluate_restores_every_flag_and_equals_torch(data):
 
 
 def test_a_model_that_is_given_is_trained_alike_whatever_was_drawn_before(data):
-    small = data._replace(val=stage.every_50th(data.val))
+    small = data._replace(val=stage.every_nth(data.val, 50))
     config = replace(SMALL, dropout=0.3, steps=4)
     found = []
     for n_drawn, is_training in ((1, True), (7, False)):
@@ -1086,7 +1086,7 @@ def test_every_batch_of_recall_is_whole_and_of_the_numbers_drawn(data):
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_as_diverged(data):
-    small = data._replace(val=stage.every_50th(data.val))
+    small = data._replace(val=stage.every_nth(data.val, 50))
     config = replace(SMALL, lr=1e30, warmup=0.0, clip=0.0, steps=40, n_logs=10)
     _, history = stage.train(config, small)
     assert stage.status(history) == "diverged"
@@ -1288,7 +1288,7 @@ def test_mcnemar_equals_the_binomial_by_hand(tmp_path):
 
 
 def test_the_rows_of_a_run_hold_numbers_and_of_no_attention_no_cache(data):
-    few = stage.Data(*(stage.every_50th(split) for split in data))
+    few = stage.Data(*(stage.every_nth(split, 50) for split in data))
     arrays = tuple(tuple(part.numpy() for part in split) for split in few)
     for attends, cache_bytes in (("learned", 2 * 2 * G * 28 * 4 * 4), ("nothing", 0)):
         config = replace(SMALL, attends=attends, steps=2, n_logs=1)
