@@ -568,9 +568,8 @@ def draw_curves(
         right.set(xlabel="training step", ylabel="accuracy (%)")
         if beside is not None and len(losses):
             left.set_ylim(0.95 * losses.min(), 1.05 * losses.max())
-        middle = 100 * of_all.groupby("experiment")["val_accuracy"].median().min()
-        if middle > 80:  # the end is what matters, not the first rise
-            right.set_ylim(2 * middle - 100, 100.1)
+            lowest = 100 * of_all[["train_accuracy", "val_accuracy"]].min(axis=None)
+            right.set_ylim(lowest - 0.5, 100.1)
         if left.lines:  # nothing is drawn of a run that diverged at once
             left.legend()
             right.legend(loc="lower right")
@@ -688,9 +687,13 @@ def draw_heatmap(
     columns: tuple[str, str, str],
     title: str,
     colorbar: str,
+    lowest: float | None = None,
     **labels,
 ) -> None:
-    """Columns (down, across, number): in a cell the mean and, below, lowest and highest seed."""
+    """Columns (down, across, number): in a cell the mean and, below, lowest and highest seed.
+
+    Means below `lowest` have the colour of the colour bar's end.
+    """
     down, across, number = columns
     order = {"index": rows[down].unique(), "columns": rows[across].unique()}
     table = rows.pivot_table(number, down, across, aggfunc=["mean", "min", "max"])
@@ -700,7 +703,8 @@ def draw_heatmap(
         cells += "\n" + low.map("{:.2f}".format) + " … " + high.map("{:.2f}".format)
     height = 2 + 0.75 * len(mean)
     with picture(path, f"{title}\n{bands_of(rows)}", width=10, height=height) as axes:
-        annotated_cells(axes, mean, cells, cmap="crest", cbar_kws={"label": colorbar})
+        bar = {"label": colorbar, "extend": "neither" if lowest is None else "min"}
+        annotated_cells(axes, mean, cells, cmap="crest", vmin=lowest, cbar_kws=bar)
         axes.set(**labels)
 
 
@@ -774,7 +778,7 @@ def draw_ratios(path: Path, rows: pd.DataFrame, title: str) -> None:
         log_scale(axes.xaxis, pd.concat([rows["ratio"], pd.Series([1.0])]))
         axes.axvline(1, color="black")
         axes.set_yticks(range(len(rows)), names, fontsize=11)
-        axes.invert_yaxis()
+        axes.set_ylim(len(rows) - 0.5, -0.5)  # the first on top
         axes.grid(False, axis="y")
         axes.set_xlabel(
             "time of the first / of the second (log scale); below 1: the first is faster"

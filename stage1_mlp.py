@@ -1002,6 +1002,13 @@ def draw_all(folder: Path) -> None:
             rows = by_experiment[name].replace({"value": NAMES})
             own = logged[name].replace({"value": NAMES})
             title = f"{question} {duration_of(rows)}"
+            without = rows.loc[rows["value"] == "0", "percent"]
+            if name == "depth" and len(without) < len(rows):
+                # what no layer reaches lies so far below that it would press the others together
+                rows = rows[rows["value"] != "0"]
+                own = own[own["value"] != "0"]
+                if len(without):
+                    title += f"\nwithout a hidden layer: {without.mean():.2f} %"
             path = folder / f"sweep_{name}.png"
             pictures.add(metrics.draw_sweep, path, rows, own, title, varied, ordered)
     if "grid" in by_experiment:
@@ -1042,6 +1049,7 @@ def draw_all(folder: Path) -> None:
             xlabel="hidden layers",
             ylabel="initialisation",
             colorbar="validation accuracy (%)",
+            lowest=84,  # zeros, at chance, would leave one colour to all the others
         )
     add_side_tables(pictures, folder)
     pictures.draw()

@@ -948,7 +948,7 @@ def as_text(patches: Tensor) -> str:
 def draw_digits(path: Path, rows: pd.DataFrame, n_each: int = 1) -> None:
     """A row of images for each strategy: n_each digits of every class, as greedy has one alone."""
     strategies = list(dict.fromkeys(rows["value"]))
-    title = "Digits as each strategy writes them, and real ones"
+    title = "Digits as each strategy writes them, and real ones (blank: nothing was written)"
     height = 0.8 * len(strategies) + 0.8
     with metrics.picture(path, title, len(strategies), width=11.5, height=height) as panels:
         for axes, name in zip(panels, strategies, strict=True):
