@@ -1772,8 +1772,9 @@ def predict(command: PredictCommand) -> int:
         stored = torch.from_numpy(255 * image)
         pixels = (normalised(stored) if config.normalise else stored).flatten()
         with torch.no_grad():
-            shares, digits = model(pixels[None]).softmax(1)[0].topk(2)
-        answers = [f"{CLASSES[d]} {100 * p:.1f} %" for p, d in zip(shares, digits, strict=True)]
+            probabilities, digits = model(pixels[None]).softmax(1)[0].topk(2)
+        likeliest = zip(probabilities, digits, strict=True)
+        answers = [f"{CLASSES[d]} {100 * p:.1f} %" for p, d in likeliest]
         print(f"{path}: {', '.join(answers)}")
         seen.append((f"{path.name[-18:]}\n{answers[0]}", image))
     if command.save_picture is not None and seen:

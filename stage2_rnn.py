@@ -504,6 +504,8 @@ def bptt(cell: RNNCell, x: Tensor, grad_outputs: Tensor) -> dict[str, Tensor]:
         ∂L/∂h_t = grad_outputs_t + W_hhᵀ δ_(t+1)      directly, and through the step after it
         δ_t = ∂L/∂a_t = ∂L/∂h_t ⊙ act'(a_t)           tanh' = 1 - h_t², relu' = [h_t > 0]
         ∂L/∂W_xh = Σ_t δ_t x_tᵀ       ∂L/∂W_hh = Σ_t δ_t h_(t-1)ᵀ       ∂L/∂b = Σ_t δ_t
+    Vectors are columns here. In the code they are rows, one for each sequence of the batch, so
+    W_hhᵀ δ is `delta @ W_hh`.
     """
     outputs, _ = read(cell, x.transpose(0, 1))  # (T, B, H)
     grad_W_xh = torch.zeros_like(cell.W_xh.weight)
@@ -1884,6 +1886,7 @@ def cost(run: Run) -> float:
     n_gates = {"gru": 3, "lstm": 4}.get(config.cell, 1)
     n_states = (14 if config.reading == "two_rows" else 28) + config.padding
     n_cells = config.n_layers * (2 if config.bidirectional else 1)
+    # a state's products, and beside them work that grows with its width alone
     work_of_a_state = n_gates * config.n_hidden * (100 + config.n_hidden)
     return config.n_steps * n_states * n_cells * work_of_a_state
 
@@ -2115,8 +2118,9 @@ def predict(command: PredictCommand) -> int:
             continue
         mean, std = SCALES[config.normalise]
         pixels = (torch.from_numpy(image) - mean) / std  # (28, 28)
-        shares, classes = logits_of(model, pixels[None], config).softmax(1)[0].topk(2)
-        answers = [f"{CLASSES[c]} {100 * p:.1f} %" for p, c in zip(shares, classes, strict=True)]
+        probabilities, classes = logits_of(model, pixels[None], config).softmax(1)[0].topk(2)
+        likeliest = zip(probabilities, classes, strict=True)
+        answers = [f"{CLASSES[c]} {100 * p:.1f} %" for p, c in likeliest]
         print(f"{path}: {', '.join(answers)}")
         seen.append((f"{path.name[-18:]}\n{answers[0]}", image))
     if command.save_picture is not None and seen:

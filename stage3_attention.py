@@ -839,7 +839,7 @@ def sizes_of(config: Config) -> tuple[int, int, int]:
 
 SCORES = ("loss", "accuracy", "macro_precision", "macro_recall", "macro_f1")
 N_TEST = 10_000  # test images, or sequences of them
-N_JUDGED = {"clothes": N_VAL, "recall": 2_000}  # images, or sequences, to judge training by
+N_EVALUATED = {"clothes": N_VAL, "recall": 2_000}  # images, or sequences, to judge training by
 
 
 def logits_of(model: AttentionClassifier, images: Tensor) -> Tensor:
@@ -916,7 +916,7 @@ def recall_batches(split: Split, config: Config) -> Iterator[tuple[Tensor, None,
         yield tokens, None, answers
 
 
-def judged_on(split: Split, config: Config, n_most: int) -> Split:
+def evaluation_set(split: Split, config: Config, n_most: int) -> Split:
     """The first n_most images of a split; of recall as many sequences made of all its images."""
     n = min(n_most, len(split.labels))
     if config.task == "recall":
@@ -944,8 +944,8 @@ def train(
     config.check()
     used = Split(data.train.images[: config.n_train], data.train.labels[: config.n_train])
     device = used.images.device
-    train_sample = judged_on(used, config, N_JUDGED[config.task])
-    val = judged_on(data.val, config, N_JUDGED[config.task])
+    train_sample = evaluation_set(used, config, N_EVALUATED[config.task])
+    val = evaluation_set(data.val, config, N_EVALUATED[config.task])
 
     if model is None:
         model = build(config, device)
@@ -1166,7 +1166,7 @@ def execute(
     row |= origin | {"threads": torch.get_num_threads()}
     of_test = {}
     if read_test:
-        test_images = judged_on(data.test, config, N_TEST)
+        test_images = evaluation_set(data.test, config, N_TEST)
         test = evaluate(model, test_images)
         row |= {f"test_{name}": test[name] for name in test if name in SCORES}
         if config.task == "clothes":
@@ -1302,7 +1302,7 @@ def upcycling(model: AttentionClassifier, config: Config, data: Data) -> list[di
     network that is trained from scratch. At a third of its learning rate, because its weights are
     good already: they have to fit the averaged heads, and large steps would spoil them first.
     """
-    val = judged_on(data.val, config, N_JUDGED[config.task])
+    val = evaluation_set(data.val, config, N_EVALUATED[config.task])
     rows = []
     for G in (4, 2, 1):
         fewer = with_shared_heads(model, G)
@@ -1388,7 +1388,7 @@ def changed_by_padding(model: AttentionClassifier, data: Data) -> float:
 
 def validation_accuracy(model: AttentionClassifier, data: Data) -> float:
     """Percent of the validation images, or sequences, that are named rightly."""
-    val = judged_on(data.val, model.config, N_JUDGED[model.config.task])
+    val = evaluation_set(data.val, model.config, N_EVALUATED[model.config.task])
     return 100 * evaluate(model, val)["accuracy"]
 
 
@@ -2799,8 +2799,9 @@ def predict(command: PredictCommand) -> int:
             continue
         pixels = normalised(torch.from_numpy(255 * image))  # (28, 28)
         with torch.no_grad():
-            shares, classes = logits_of(model, pixels[None]).softmax(1)[0].topk(2)
-        answers = [f"{CLASSES[c]} {100 * p:.1f} %" for p, c in zip(shares, classes, strict=True)]
+            probabilities, classes = logits_of(model, pixels[None]).softmax(1)[0].topk(2)
+            likeliest = zip(probabilities, classes, strict=True)
+            answers = [f"{CLASSES[c]} {100 * p:.1f} %" for p, c in likeliest]
         print(f"{path}: {', '.join(answers)}")
         seen.append((f"{path.name[-18:]}\n{answers[0]}", image))
     if command.save_picture is not None and seen:

@@ -289,7 +289,7 @@ def test_what_a_gpu_trained_is_judged_alike_on_the_cpu(stage, tmp_path, folder_o
     elif stage.__name__ == "stage2_rnn":
         found = stage.evaluate(loaded[0], val, loaded[1])
     else:
-        found = stage.evaluate(loaded, stage.judged_on(val, loaded.config, len(val.labels)))
+        found = stage.evaluate(loaded, stage.evaluation_set(val, loaded.config, len(val.labels)))
     assert found["loss"] == pytest.approx(row["val_loss"], rel=1e-4)
 
 
