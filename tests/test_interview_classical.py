@@ -8,6 +8,7 @@ from scipy.special import expit
 from sklearn.cluster import KMeans
 from sklearn.linear_model import Lasso, LogisticRegression, Ridge
 from sklearn.metrics import log_loss
+from sklearn.model_selection import GridSearchCV, KFold
 from sklearn.preprocessing import StandardScaler
 
 from interview import classical
@@ -282,6 +283,20 @@ def test_soft_threshold_minimises_its_problem():
         w = np.linspace(-6, 6, 120_001)
         expected = w[np.argmin((w - rho) ** 2 / 2 + alpha * np.abs(w))]
         assert classical.soft_threshold(rho, alpha) == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "ours, theirs", [(classical.ridge, Ridge()), (classical.lasso, Lasso(tol=1e-8))]
+)
+def test_the_best_alpha_is_the_one_that_scikit_learns_search_finds(ours, theirs):
+    X, y = regression(n=30)
+    y = y + np.random.default_rng(5).normal(0, 6, size=30)  # so that some penalty helps
+    alphas = np.logspace(-3, 4, 8)
+    folds = KFold(5, shuffle=True, random_state=0)
+    search = GridSearchCV(theirs, {"alpha": alphas}, cv=folds, scoring="neg_mean_squared_error")
+    wanted = search.fit(X, y).best_params_["alpha"]
+    assert alphas[0] < wanted < alphas[-1]
+    assert classical.best_alpha(ours, X, y, alphas) == wanted
 
 
 def test_lasso_says_when_it_did_not_converge(monkeypatch):
