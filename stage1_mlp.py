@@ -498,10 +498,10 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
 
 def learning_rate(config: Config, step: int) -> float:
     """The rate of update `step`, 1 … n_steps: a line up (warm-up), then half a cosine down."""
-    progress = (step - 0.5) / config.n_steps  # the middle of the update: none has rate 0
-    if progress < config.warmup:
-        return config.lr * progress / config.warmup
-    falling = (progress - config.warmup) / (1 - config.warmup)
+    share = (step - 0.5) / config.n_steps  # of the run, to the middle of the update: never 0
+    if share < config.warmup:
+        return config.lr * share / config.warmup
+    falling = (share - config.warmup) / (1 - config.warmup)
     return config.lr * 0.5 * (1 + math.cos(math.pi * falling))
 
 

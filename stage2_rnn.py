@@ -790,10 +790,10 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
 
 def learning_rate(config: Config, step: int) -> float:
     """The rate of update `step`, 1 … n_steps: a line up (warm-up), then half a cosine down."""
-    progress = (step - 0.5) / config.n_steps  # the middle of the update: none has rate 0
-    if progress < config.warmup:
-        return config.lr * progress / config.warmup
-    falling = (progress - config.warmup) / (1 - config.warmup)
+    share = (step - 0.5) / config.n_steps  # of the run, to the middle of the update: never 0
+    if share < config.warmup:
+        return config.lr * share / config.warmup
+    falling = (share - config.warmup) / (1 - config.warmup)
     return config.lr * 0.5 * (1 + math.cos(math.pi * falling))
 
 
@@ -1444,8 +1444,9 @@ def write_summary(folder: Path, runs: pd.DataFrame) -> None:
     if len(selected):
         names = list(dict.fromkeys(selected["experiment"]))
         sections["Selected models, test images"] = [
-            "**Test images**, read once for each run, at its end. The loss is plain cross-entropy: "
-            "label smoothing in training makes it larger at the same accuracy.",
+            "**Test images**, read once for each run, at its end; earlier networks were scored on "
+            "them before these were chosen. The loss is plain cross-entropy, without the label "
+            "smoothing of training.",
             metrics.score_table(selected, "test_", "experiment", all_scores=True),
         ]
         sections["Selected models, validation images"] = [

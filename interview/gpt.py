@@ -91,7 +91,12 @@ from interview import check_whole, cuda_or_cpu, decoding, training
 from interview.convolution import InParts, load_cnn, reader_of
 from interview.layers import RMSNorm, SwiGLU, log_softmax
 from stage1_mlp import Split
-from stage3_attention import GroupedQueryAttention, KVCache, unchanged_if_it_fails
+from stage3_attention import (
+    GroupedQueryAttention,
+    KVCache,
+    projected_dtype,
+    unchanged_if_it_fails,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ROOT / "figures" / "interview"
@@ -265,7 +270,8 @@ class GPT(nn.Module):
         """An empty cache for every block, for sequences of n_tokens."""
         config = self.config
         sizes = (batch, config.n_kv_heads, config.n_tokens, config.d_model // config.n_heads)
-        return [KVCache(*sizes, self.places.dtype, self.places.device) for _ in self.blocks]
+        kind = {"dtype": projected_dtype(self.places), "device": self.places.device}
+        return [KVCache(*sizes, **kind) for _ in self.blocks]
 
 
 def n_parameters(model: nn.Module) -> int:

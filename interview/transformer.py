@@ -111,6 +111,7 @@ from stage3_attention import (
     GroupedQueryAttention,
     KVCache,
     MultiHeadAttention,
+    projected_dtype,
     sinusoids,
     unchanged_if_it_fails,
 )
@@ -363,7 +364,8 @@ class Transformer(nn.Module):
         """Empty caches for `decode`, with room for n_tokens, and for a memory of n_memory."""
         D = self.embedding.embedding_dim
         H = self.decoder[0].cross_attention.n_heads
-        kind = {"dtype": self.output.weight.dtype, "device": self.output.weight.device}
+        weight = self.output.weight
+        kind = {"dtype": projected_dtype(weight), "device": weight.device}
         found = []
         for _ in self.decoder:
             own = KVCache(batch, H, n_tokens, D // H, **kind)

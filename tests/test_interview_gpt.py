@@ -156,6 +156,20 @@ def test_with_a_cache_it_says_the_same(n_kv_heads):
         torch.testing.assert_close(cached(tokens[:, :T]), uncached(tokens[:, :T]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_with_a_cache_it_says_the_same_under_autocast(dtype):
+    """Which makes bfloat16 of float32's keys and values, and leaves float64's alone."""
+    model = model_of(TINY).to(dtype).eval()
+    tokens = torch.cat([torch.tensor([[16], [21], [20]]), patches(3, 4)], 1)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        caches = model.caches(3)
+        parts = [model(part, caches) for part in tokens.split([2, 1, 2], 1)]
+    assert caches[0].k.dtype == (torch.bfloat16 if dtype == torch.float32 else dtype)
+    tolerance = {"rtol": 0.05, "atol": 0.05} if dtype == torch.float32 else {}
+    found = torch.cat(parts, 1).to(dtype)
+    torch.testing.assert_close(found, model(tokens), **tolerance)
+
+
 # ---- likelihood ----
 
 

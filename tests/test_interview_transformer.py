@@ -293,6 +293,18 @@ def test_decoding_with_caches_is_decoding_without(position, norm_first, pieces):
     assert [(own.length, of_memory.length) for own, of_memory in caches] == [(T, S)] * 3
 
 
+def test_decoding_with_caches_works_under_autocast():
+    model = small(True, "rotary").float()
+    memory = model.encode(draw(B, S, D).float())
+    tokens = torch.randint(9, (B, T), generator=torch.Generator().manual_seed(1))
+    expected, _ = model.decode(tokens, memory)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        caches = model.caches(B, T, S)
+        parts = [model.decode(token, memory, caches=caches)[0] for token in tokens.split(1, 1)]
+    assert caches[0][0].k.dtype == torch.bfloat16
+    torch.testing.assert_close(torch.cat(parts, 1).float(), expected, rtol=0.05, atol=0.05)
+
+
 @torch.no_grad()
 def test_greedy_and_a_beam_of_one_and_caches_write_the_same():
     model = small()

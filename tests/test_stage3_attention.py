@@ -682,6 +682,9 @@ def test_what_is_wrong_is_quoted():
             lambda: stage.build(SMALL)(torch.randn(B, 28, 27)),
             "(B, T, 28) expected, not (2, 28, 27)",
         ),
+        (lambda: stage.build(SMALL)(torch.randn(B, 0, 28)), "at least one token"),
+        (lambda: attention(q.long(), k.long(), v.long()), "torch.int64"),
+        (lambda: attention(q, k, v.double()), "torch.float32, torch.float32, torch.float64"),
     ]
     for call, quoted in wrong:
         with pytest.raises(ValueError) as raised:
@@ -1197,6 +1200,20 @@ def test_the_formula_as_first_written_fails_where_ours_does_not():
     assert [row["nan `attention`"] for row in rows] == [0, 0]
 
 
+@pytest.mark.parametrize("position", ["learned", "relative", "rotary"])
+def test_decoding_under_autocast_gives_the_causal_models_logits_too(position):
+    """Its keys and values are bfloat16, and so must be what holds them."""
+    model = stage.build(replace(SMALL, causal=True, position=position)).eval()
+    tokens = torch.randn(B, 28, 28)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        found = stage.decode(model, tokens)
+        assert found.dtype == torch.bfloat16
+        assert model.caches(B, 28)[0].k.dtype == torch.bfloat16
+    assert model.caches(B, 28)[0].k.dtype == torch.float32
+    wanted = model(tokens)
+    torch.testing.assert_close(found.float(), wanted, atol=0.02, rtol=0.05)
+
+
 def test_decoding_gives_the_causal_models_logits_and_not_the_others(data):
     images = data.val.images[::500]
     for causal in (True, False):
@@ -1218,9 +1235,7 @@ def test_what_is_measured_of_faults(data):
         nn.init.normal_(model.out.weight)
         changed = stage.changed_by_padding(model, data)
         assert changed == 0 if masked else changed > 0
-    assert (
-        stage.validation_accuracy(blind, data) == 100 * stage.evaluate(blind, data.val)["accuracy"]
-    )
+    assert stage.percent_right(blind, data) == 100 * stage.evaluate(blind, data.val)["accuracy"]
 
 
 def test_softmax_states_are_of_the_last_blocks_weights_and_all_score_weights(data):
