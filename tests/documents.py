@@ -109,6 +109,7 @@ FUNCTIONS = {
 }
 
 
+@functools.cache
 def rows_of(table: str, query: str) -> pd.DataFrame:
     """The rows of a table that a query chooses; ValueError if there is none."""
     rows = cached_table(FIGURES / table)
