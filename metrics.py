@@ -18,9 +18,11 @@ import math
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import sys
 import textwrap
+import threading
 import unicodedata
 import warnings
 from collections.abc import Iterable
@@ -413,6 +415,31 @@ def write_sections(path: Path, title: str, sections: dict[str, list[str]]) -> No
         parts += [f"## {heading}", *paragraphs]
     with written_aside(path) as aside:
         aside.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def ticking(bar):
+    """Draw a tqdm bar anew every second, so that its clock goes on while nothing ends."""
+    is_over = threading.Event()
+
+    def tick() -> None:
+        while not is_over.wait(1):
+            bar.refresh()
+
+    thread = threading.Thread(target=tick, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+
+
+def print_beside_bar(line: str) -> None:
+    """Print a line over a bar that another process may have drawn; the bar comes again below."""
+    if sys.stdout.isatty() and sys.stderr.isatty():
+        line = "\r" + line.ljust(shutil.get_terminal_size().columns - 1)
+    print(line, flush=True)
 
 
 def anchor_of(heading: str) -> str:

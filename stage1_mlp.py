@@ -75,7 +75,7 @@ class Config:
     init: Literal["zeros", "small", "default", "xavier", "kaiming"] = "kaiming"
     # share of hidden values zeroed while training
     dropout: float = 0.0
-    # pixels to mean 0, std 1; otherwise as stored, 0 … 255
+    # pixels to mean 0, std 1; --no-normalise: as stored, 0 … 255
     normalise: bool = True
     # strength of the random image deformation: 0 none, 1 full; in the last 30 % of a run 0.3 of it
     deform: float = 0.0
@@ -191,7 +191,7 @@ def read_part(folder: Path, name: str) -> np.ndarray:
     path = folder / name
     packed = folder / f"{name}.gz"
     if not path.exists() and not packed.exists():
-        advice = "give its folder by --data-dir, or add --download"
+        advice = f"name by --data-dir what holds {DATASET}/raw, or add --download"
         raise DataError(f"{packed} is missing: {advice}")
     source = path if path.exists() else packed
     try:
@@ -787,15 +787,16 @@ def progress(row: dict) -> str:
 
 
 def line_a_minute(run: Run) -> Callable[[dict], None]:
-    """An `on_row` for `train` that prints a line a minute where no bar can show that it goes on."""
+    """An `on_row` for `train` that prints a line a minute: a bar shows no more than whole runs."""
     last_line = time.monotonic()
 
     def on_row(row: dict) -> None:
         nonlocal last_line
-        if time.monotonic() - last_line >= 60 and not sys.stderr.isatty():
+        if time.monotonic() - last_line >= 60:
             last_line = time.monotonic()
             where = f"{run.experiment} {run.value}, seed {run.config.seed}: step {row['step']:,}"
-            print(f"  {where} of {run.config.n_steps:,}, {progress(row)}", flush=True)
+            line = f"  {where} of {run.config.n_steps:,}, {progress(row)}"
+            metrics.print_beside_bar(line)
 
     return on_row
 
@@ -1385,7 +1386,11 @@ def folder_of(out: Path) -> Path:
 @contextmanager
 def claimed(folder: Path):
     """Make the folder and keep other jobs out until the block ends; DataError if one is there."""
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        advice = "name another folder by --out"
+        raise DataError(f"{folder} cannot be made, a file is in its way: {advice}") from None
     try:
         with FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0):
             yield
@@ -1426,6 +1431,8 @@ def run_experiments(command: RunCommand) -> None:
         drop_outdated(runs, folder)
         print("drawing …", flush=True)
         draw_all(folder)
+    if command.smoke:
+        print("a smoke run: everything in miniature, so that its numbers mean nothing")
     print_result(folder, experiments)
 
 
@@ -1504,8 +1511,11 @@ def train_and_save(
     """Train the runs, the longest first so that no worker waits for one; save each as it ends."""
     todo = sorted(todo, key=cost, reverse=True)
     is_terminal = sys.stderr.isatty()
+    # no guess of what remains: the first runs are the longest
+    style = {"bar_format": "{n_fmt} of {total_fmt} runs |{bar:20}| {elapsed}{postfix}"}
     with (
-        tqdm(total=len(todo), unit="run", disable=not is_terminal) as bar,
+        tqdm(total=len(todo), disable=not is_terminal, **style) as bar,
+        metrics.ticking(bar),
         closing(results_of(todo, data, device, workers, dask)) as results,
     ):
         bar.set_postfix_str(f"training, longest first: {todo[0].experiment} {todo[0].value}")
@@ -1613,11 +1623,11 @@ def train_one(command: TrainCommand) -> None:
     name = name_of_changes(config)
     run = Run(name, name, config)
     folder = folder_of(command.out or HERE / "out")
+    data = load_data(command.data_dir, command.download)
     with claimed(folder):
         metrics.drop_rows_of_no_run(folder)
         print(f"stage 1 on {device_name(device)}: 1 thread, results in {folder}")
         print(f"{name}: {config}", flush=True)
-        data = load_data(command.data_dir, command.download)
         arrays = tuple(tuple(part.numpy() for part in split) for split in data)
         is_terminal = sys.stderr.isatty()
         with tqdm(total=config.n_steps, unit="step", disable=not is_terminal) as bar:
@@ -1754,8 +1764,9 @@ def load_weights(path: Path) -> tuple[MLP, Config]:
     except FileNotFoundError:
         raise ValueError(f"{path}: there is no such file; train --save writes one") from None
     except Exception as error:  # a damaged file makes torch.load raise nearly anything
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path}: not weights of this stage ({reason})") from None
+        reason = f" ({error})" if isinstance(error, ValueError) else ""  # what Config's check says
+        wanted = "train --save writes such a file"
+        raise ValueError(f"{path}: not weights of this stage{reason}; {wanted}") from None
     return model.eval(), config
 
 

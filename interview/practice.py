@@ -136,7 +136,8 @@ def stub_of(exercise: Exercise) -> str:
         exercise.asked_zh,
         "",
         f"Write it, then: {COMMAND} check {exercise.name}",
-        "Bad input is not checked here: no error has to be raised (不检查非法输入).",
+        "Bad input is not checked here: the errors that the docstring names need not be raised",
+        "(不检查非法输入).",
     ]
     if exercise.names:
         about.append(textwrap.fill(f"The cases rely on this: {exercise.names}.", width=96))
@@ -499,7 +500,8 @@ def start(name: Name, folder: Path = FOLDER) -> int:
         with open(path, "x", encoding="utf-8") as file:
             file.write(stub)
     except FileExistsError:
-        print(f"{short(path)} is there already, and was left as it is", file=sys.stderr)
+        advice = "delete it to start anew"
+        print(f"{short(path)} is there already, and was left as it is: {advice}", file=sys.stderr)
         return 1
     change_state(folder, exercise.name, started=time.time())
     print(f"{exercise.name} {'★' * exercise.stars}  {exercise.topic}")
@@ -537,7 +539,7 @@ def check(name: Name, folder: Path = FOLDER, seconds: float = 60) -> int:
     for what in verdict.holding:
         print(f"  holds     {what}")
     if not verdict.failing:
-        taken = "" if minutes is None else f", {minutes:.0f} minutes after its start"
+        taken = "" if minutes is None else f", {minutes:.0f} min after its start"
         print(f"passed (通过){taken}. The real one: {COMMAND} show {exercise.name}")
         return 0
     what, problem = verdict.failing[0]
@@ -563,7 +565,7 @@ def hint(name: Name, folder: Path = FOLDER) -> int:
         print(f"these are all (没有更多提示). The real one: {COMMAND} show {exercise.name}")
         return 0
     label = ("idea (思路)", "formula (公式)", "first line (第一行)")[given]
-    print(f"{label}: {exercise.hints[given]}")
+    print(f"{label}, {given + 1} of {len(exercise.hints)}: {exercise.hints[given]}")
     change_state(folder, exercise.name, hints=given + 1)
     return 0
 
