@@ -1137,13 +1137,14 @@ class Run(NamedTuple):
 
 
 def runs_of(experiments: list[str], n_seeds: int, smoke: bool = False) -> list[Run]:
-    """Every value with every seed; in a smoke run the two ends of a sweep, made small."""
+    """Every value with every seed; in a smoke run the two ends of each experiment, made small."""
     runs = []
     for experiment in experiments:
         values = EXPERIMENTS[experiment]
-        if smoke and experiment != "faults":
+        if smoke:
             names = list(values)
-            values = {name: values[name] for name in (names[0], names[-1])}
+            n = 2 if experiment == "faults" else 1  # a fault is a pair: what broke, what mends it
+            values = {name: values[name] for name in (*names[:n], *names[-n:])}
         for value, config in values.items():
             config = smoke_config(config) if smoke else config
             runs += [Run(experiment, value, replace(config, seed=seed)) for seed in range(n_seeds)]
