@@ -1447,8 +1447,8 @@ def write_summary(folder: Path, runs: pd.DataFrame) -> None:
         names = list(dict.fromkeys(selected["experiment"]))
         sections["Selected models, test images"] = [
             "**Test images**, read once for each run, at its end; earlier networks were scored on "
-            "them before these were chosen. The loss is plain cross-entropy, without the label "
-            "smoothing of training.",
+            "them before those of this table were chosen. The loss is plain cross-entropy, without "
+            "the label smoothing of training.",
             metrics.score_table(selected, "test_", "experiment", all_scores=True),
         ]
         sections["Selected models, validation images"] = [

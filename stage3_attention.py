@@ -1444,7 +1444,7 @@ FAULTS = {
     "no warm-up": Fault(
         broken="rate 0.02 at once",
         mended="rate 0.02, warm-up",
-        symptom="after as many steps the accuracy is lower",
+        symptom="after equally many steps the accuracy is lower",
         measured="validation accuracy (%)",
         measure=percent_right,
     ),
@@ -1976,11 +1976,11 @@ def write_summary(folder: Path, runs: pd.DataFrame) -> None:
     ):
         rows = rows_to_compare(runs, name)
         if len(rows):
-            note = f"sequences of eight labelled garments and one without label {duration_of(rows)}"
-            parts = [f"**Test**: up to {N_TEST:,} {note}. Chance is 12.5 %."]
+            note = "sequences (in a smoke run fewer) of eight labelled garments and one without"
+            parts = [f"**Test**: {N_TEST:,} {note} {duration_of(rows)}. Chance is 12.5 %."]
             parts.append(metrics.score_table(rows, "test_", "value", "key/value heads"))
             n_val = N_EVALUATED["recall"]
-            parts.append(f"**Validation**: up to {n_val:,}, by which the settings were chosen.")
+            parts.append(f"**Validation**: {n_val:,} sequences, by which the settings were chosen.")
             parts.append(metrics.score_table(rows, "val_", "value", "key/value heads"))
             parts.append(f"![{name}](sweep_{name}.png)")
             if name == "recall" and (folder / "recall_maps.png").exists():
@@ -2029,8 +2029,8 @@ def selected_sections(folder: Path, selected: pd.DataFrame) -> dict[str, list[st
     sections = {
         "Selected models, test images": [
             "**Test images**, read once for each run, at its end; earlier networks were scored on "
-            "them before these were chosen. The loss is plain cross-entropy, without the label "
-            "smoothing of training.",
+            "them before those of this table were chosen. The loss is plain cross-entropy, without "
+            "the label smoothing of training.",
             metrics.score_table(selected, "test_", "experiment", all_scores=True),
         ]
     }
@@ -2184,7 +2184,9 @@ def speed_section(folder: Path) -> dict[str, list[str]]:
         note = (
             "Medians of times taken in turn. Ratio: first / second, below 1 the first is faster. "
         )
-        note += "A layer's batch is 256, 32, 4 and 4, in the order of the rows."
+        note += (
+            "A layer's batch is 256 where the width is 96, 32 for 28 tokens of width 512, else 4."
+        )
         parts.append(note)
         parts.append(metrics.ratio_table(benchmarks))
         parts.append("![speed](benchmark.png)")
