@@ -2184,9 +2184,7 @@ def speed_section(folder: Path) -> dict[str, list[str]]:
         note = (
             "Medians of times taken in turn. Ratio: first / second, below 1 the first is faster. "
         )
-        note += (
-            "A layer's batch is 256 where the width is 96, 32 for 28 tokens of width 512, else 4."
-        )
+        note += "A layer's batch: 256 at width 96, 32 for 28 tokens of width 512, else 4."
         parts.append(note)
         parts.append(metrics.ratio_table(benchmarks))
         parts.append("![speed](benchmark.png)")
