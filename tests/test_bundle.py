@@ -626,6 +626,7 @@ def test_weights_that_are_none_are_one_line(stage, tmp_path, capsys):
         assert stage.main(["predict", str(image), "--weights", str(weights)]) == 1
         error = capsys.readouterr().err
         assert str(weights) in error
+        assert "train --save writes" in error  # what would be right, and none of torch's advice
         assert error.count("\n") == 1
 
 
@@ -761,13 +762,14 @@ def test_a_table_from_a_spreadsheet_is_read_and_a_damaged_one_is_named(
 
 def test_a_folder_that_cannot_be_made_and_plot_without_rows_are_one_line(stage, tmp_path, capsys):
     (tmp_path / "taken").write_text("a file")
-    for command in (
-        ["--smoke", "--out", str(tmp_path / "taken")],
-        ["plot", "--out", str(tmp_path / "empty")],
+    for command, quoted in (
+        (["--smoke", "--out", str(tmp_path / "taken")], "a file is in its way"),
+        (["plot", "--out", str(tmp_path / "empty")], "train something first"),
     ):
         assert stage.main(command) == 1
         error = capsys.readouterr().err
         assert str(tmp_path) in error
+        assert quoted in error
         assert error.count("\n") == 1
 
 
