@@ -1,4 +1,4 @@
-"""Classification metrics by hand (评估指标); tables and pictures that the three stages share.
+"""Classification metrics by hand (评估指标); tables, pictures, progress: what the stages share.
 
 Everything in part 1 follows from the confusion matrix (混淆矩阵), whose row is the true class and
 whose column the predicted one.
@@ -10,7 +10,7 @@ whose column the predicted one.
     accuracy 准确率 = (TP + TN) / (TP + TN + FP + FN); of C classes, the share of the diagonal
     F1值 = 2 · precision · recall / (precision + recall) = 2 TP / (2 TP + FP + FN)
 
-    1. Metrics   2. Tables   3. Pictures
+    1. Metrics   2. Tables   3. Pictures   4. Progress on a screen
 """
 
 import contextlib
@@ -417,31 +417,6 @@ def write_sections(path: Path, title: str, sections: dict[str, list[str]]) -> No
         aside.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
-@contextlib.contextmanager
-def ticking(bar):
-    """Draw a tqdm bar anew every second, so that its clock goes on while nothing ends."""
-    is_over = threading.Event()
-
-    def tick() -> None:
-        while not is_over.wait(1):
-            bar.refresh()
-
-    thread = threading.Thread(target=tick, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        is_over.set()
-        thread.join()
-
-
-def print_beside_bar(line: str) -> None:
-    """Print a line over a bar that another process may have drawn; the bar comes again below."""
-    if sys.stdout.isatty() and sys.stderr.isatty():
-        line = "\r" + line.ljust(shutil.get_terminal_size().columns - 1)
-    print(line, flush=True)
-
-
 def anchor_of(heading: str) -> str:
     """What GitHub makes of a heading for links: small letters, no signs, "-" for a space."""
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
@@ -810,3 +785,31 @@ def draw_ratios(path: Path, rows: pd.DataFrame, title: str) -> None:
         axes.set_xlabel(
             "time of the first / of the second (log scale); below 1: the first is faster"
         )
+
+
+# -------- 4. Progress on a screen -----------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def ticking(bar):
+    """Draw a tqdm bar anew every second, so that its clock goes on while nothing ends."""
+    is_over = threading.Event()
+
+    def tick() -> None:
+        while not is_over.wait(1):
+            bar.refresh()
+
+    thread = threading.Thread(target=tick, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+
+
+def print_beside_bar(line: str) -> None:
+    """Print a line over a bar that another process may have drawn; the bar comes again below."""
+    if sys.stdout.isatty() and sys.stderr.isatty():
+        line = "\r" + line.ljust(shutil.get_terminal_size().columns - 1)
+    print(line, flush=True)

@@ -1004,13 +1004,13 @@ def draw_all(folder: Path) -> None:
             rows = by_experiment[name].replace({"value": NAMES})
             own = logged[name].replace({"value": NAMES})
             title = f"{question} {duration_of(rows)}"
-            without = rows.loc[rows["value"] == "0", "percent"]
-            if name == "depth" and len(without) < len(rows):
-                # what no layer reaches lies so far below that it would press the others together
-                rows = rows[rows["value"] != "0"]
-                own = own[own["value"] != "0"]
-                if len(without):
+            if name == "depth":
+                # what is reached without a layer would press the others together: a number says it
+                without = rows.loc[rows["value"] == "0", "percent"]
+                if 0 < len(without) < len(rows):
                     title += f"\nwithout a hidden layer: {without.mean():.2f} %"
+                    rows = rows[rows["value"] != "0"]
+                    own = own[own["value"] != "0"]
             path = folder / f"sweep_{name}.png"
             pictures.add(metrics.draw_sweep, path, rows, own, title, varied, ordered)
     if "grid" in by_experiment:

@@ -1720,8 +1720,11 @@ def draw_sharing(path: Path, rows: pd.DataFrame) -> None:
     """A line from each query head to the key/value head that it changes with."""
     layers = list(rows["layer"].unique())
     title = "Who shares what: a line joins a query head to the keys and values it depends on"
-    names = {"MHA": "Multi-head attention (MHA)", "GQA": "Grouped-query attention (GQA)"}
-    names["MQA"] = "Multi-query attention (MQA)"
+    names = {
+        "MHA": "Multi-head attention (MHA)",
+        "GQA": "Grouped-query attention (GQA)",
+        "MQA": "Multi-query attention (MQA)",
+    }
     links = links_of(rows)
     label = {"ha": "center", "va": "center", "fontsize": 12}
     with metrics.picture(path, title, len(layers), 1, width=11, height=8, squeeze=False) as panels:
@@ -1912,9 +1915,8 @@ def draw_plateau(path: Path, rows: pd.DataFrame) -> None:
 def draw_decode(path: Path, rows: pd.DataFrame) -> None:
     """A panel for every number of key/value heads: time of a token over the tokens cached."""
     title = "Decoding one token: time over the tokens cached (4 sequences, 16 query heads)"
-    rows = rows[(rows["n_kv_heads"] < 16) | (rows["way"] != COPIED)]  # of 16 nothing is copied
     groups = sorted(rows["n_kv_heads"].unique(), reverse=True)
-    colors = metrics.colors_of(list(rows["way"].unique()), ordered=False)
+    colors = metrics.colors_of(list(WAYS), ordered=False)
     n_columns = math.ceil((len(groups) + 1) / 2)
     size = {"width": 14, "height": 8, "sharex": True, "sharey": True, "squeeze": False}
     with metrics.picture(path, title, 2, n_columns, **size) as panels:
@@ -2181,11 +2183,10 @@ def speed_section(folder: Path) -> dict[str, list[str]]:
     parts = []
     benchmarks = metrics.load_rows(folder / "benchmark.csv")
     if len(benchmarks):
-        note = (
+        parts.append(
             "Medians of times taken in turn. Ratio: first / second, below 1 the first is faster. "
+            "A layer's batch: 256 at width 96, 32 for 28 tokens of width 512, else 4."
         )
-        note += "A layer's batch: 256 at width 96, 32 for 28 tokens of width 512, else 4."
-        parts.append(note)
         parts.append(metrics.ratio_table(benchmarks))
         parts.append("![speed](benchmark.png)")
     times = metrics.load_rows(folder / "decode.csv")
@@ -2208,9 +2209,8 @@ def decode_table(times: pd.DataFrame) -> list[dict]:
         line = {"cached tokens": f"{cached:,}", "key/value heads": G}
         line["cache (MiB)"] = f"{own['cache_bytes'].iloc[0] / 2**20:.1f}"
         line["ms"] = f"{ours:.3f}"
-        for way in by_way.index.drop(OURS):
-            is_copy = way == COPIED and G == 16  # of 16 heads nothing is copied
-            line[f"/ {way}"] = "–" if is_copy else f"{ours / by_way[way]:.2f}"
+        for way in (COPIED, TORCHS, READ_LIMIT):
+            line[f"/ {way}"] = f"{ours / by_way[way]:.2f}" if way in by_way else "–"
         table.append(line)
     return table
 
@@ -2940,7 +2940,8 @@ WAYS = {
 
 @torch.no_grad()
 def time_decoding(lengths: tuple[int, ...], device: str, repeats: int) -> list[dict]:
-    """One query against a cache of S tokens: a row for each number of key/value heads and way.
+    """One query against a cache of S tokens: a row for each number of key/value heads and way,
+    but that nothing is copied where there are as many of them as query heads.
 
     For all ways the cache has room for 256 tokens more, as in the midst of decoding.
     """
@@ -2955,6 +2956,8 @@ def time_decoding(lengths: tuple[int, ...], device: str, repeats: int) -> list[d
         k, v = cache.append(*torch.randn(2, B, G, S, d, device=device))
         times = max(1, 2**14 // (S * G))  # a short way often, so that a clock can time it
         ways = {name: partial(repeated, partial(way, q, k, v), times) for name, way in WAYS.items()}
+        if G == H:
+            del ways[COPIED]  # there is nothing to copy
         row = {"cached": S, "n_kv_heads": G, "cache_bytes": k.nbytes + v.nbytes}  # of S tokens
         for way, seconds in seconds_in_turn(ways, repeats).items():
             rows.append(row | {"way": way, "milliseconds": 1000 * seconds / times})
@@ -2975,8 +2978,8 @@ def decode_ratios(times: list[dict]) -> list[dict]:
         found = [row for row in at_longest if row["n_kv_heads"] == G]
         by_way = {row["way"]: row["milliseconds"] for row in found}
         for way in (COPIED, TORCHS, READ_LIMIT):
-            if way == COPIED and G == 16:
-                continue  # nothing is copied
+            if way not in by_way:  # at 16 heads nothing is copied
+                continue
             name = f"decoding, {longest:,} cached tokens, {G} key/value head{'s' if G > 1 else ''}"
             rows.append(ratio_row(f"{name} / {way}", by_way[OURS], by_way[way], "ms"))
     return rows

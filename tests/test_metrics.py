@@ -345,35 +345,6 @@ def break_off(path):
         raise ValueError(f"no {path.name}, in process {os.getpid()}")
 
 
-class CountingBar:
-    def __init__(self):
-        self.n_refreshed = 0
-        self.was_refreshed = threading.Event()
-
-    def refresh(self):
-        self.n_refreshed += 1
-        self.was_refreshed.set()
-
-
-def test_a_bar_ticks_while_nothing_ends_and_stops_with_its_block():
-    n_threads = threading.active_count()
-    bar = CountingBar()
-    with pytest.raises(KeyboardInterrupt), metrics.ticking(bar):
-        assert bar.was_refreshed.wait(60)
-        raise KeyboardInterrupt
-    assert threading.active_count() == n_threads
-
-
-@pytest.mark.parametrize("on_screen", [True, False])
-def test_a_line_covers_the_bar_on_a_screen_and_is_bare_in_a_file(monkeypatch, capsys, on_screen):
-    monkeypatch.setenv("COLUMNS", "20")
-    for stream in (sys.stdout, sys.stderr):
-        monkeypatch.setattr(stream, "isatty", lambda: on_screen)
-    metrics.print_beside_bar("step 860")
-    printed = capsys.readouterr().out
-    assert printed == ("\rstep 860" + " " * 11 + "\n" if on_screen else "step 860\n")
-
-
 def test_a_picture_that_cannot_be_drawn_is_told_by_the_first_process(tmp_path, monkeypatch):
     monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "2")
     pictures = metrics.Pictures()
@@ -420,3 +391,30 @@ def test_ctrl_c_ends_what_is_being_drawn_and_leaves_no_half_file(tmp_path, capfd
     assert process.exitcode == 130
     assert capfd.readouterr().err == ""
     assert not list(tmp_path.iterdir())
+
+
+class Bar:
+    def __init__(self):
+        self.was_refreshed = threading.Event()
+
+    def refresh(self):
+        self.was_refreshed.set()
+
+
+def test_a_bar_ticks_while_nothing_ends_and_stops_with_its_block():
+    n_threads = threading.active_count()
+    bar = Bar()
+    with pytest.raises(KeyboardInterrupt), metrics.ticking(bar):
+        assert bar.was_refreshed.wait(60)
+        raise KeyboardInterrupt
+    assert threading.active_count() == n_threads
+
+
+@pytest.mark.parametrize("on_screen", [True, False])
+def test_a_line_covers_the_bar_on_a_screen_and_is_bare_in_a_file(monkeypatch, capsys, on_screen):
+    monkeypatch.setenv("COLUMNS", "20")
+    for stream in (sys.stdout, sys.stderr):
+        monkeypatch.setattr(stream, "isatty", lambda: on_screen)
+    metrics.print_beside_bar("step 860")
+    printed = capsys.readouterr().out
+    assert printed == ("\rstep 860" + " " * 11 + "\n" if on_screen else "step 860\n")
